@@ -1,0 +1,45 @@
+"""GPT-2 in TensorFlow and Keras, from OpenAI's own files to generated text.
+
+Names are loaded when first used, so that ``import tf_gpt2`` and the tokenizer do not wait for TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "CausalSelfAttention": "tf_gpt2.model.layers",
+    "MLP": "tf_gpt2.model.layers",
+    "Block": "tf_gpt2.model.layers",
+    "GPT2Model": "tf_gpt2.model.gpt2",
+    "GPT2Config": "tf_gpt2.config",
+    "Encoder": "tf_gpt2.tokenizer.encoder",
+    "GenerationResult": "tf_gpt2.generation.generate",
+    "TextGenerator": "tf_gpt2.pipeline",
+    "download_gpt2_files": "tf_gpt2.checkpoint.download",
+    "generate": "tf_gpt2.generation.generate",
+    "get_encoder": "tf_gpt2.tokenizer.encoder",
+    "load_encoder_hparams_and_params": "tf_gpt2.pipeline",
+    "load_gpt2_params_from_tf_ckpt": "tf_gpt2.checkpoint.openai",
+    "save_gpt2_params_to_tf_ckpt": "tf_gpt2.checkpoint.openai",
+    "GPT2Error": "tf_gpt2.errors",
+    "CheckpointError": "tf_gpt2.errors",
+    "ContextLengthError": "tf_gpt2.errors",
+    "DownloadError": "tf_gpt2.errors",
+    "ParamsError": "tf_gpt2.errors",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tf_gpt2' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

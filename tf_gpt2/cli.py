@@ -1,0 +1,270 @@
+"""The command line: parses, calls, prints.
+
+Only results go to stdout. TensorFlow is imported where a command needs it, so that ``--help`` and ``encode`` answer at
+once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tf_gpt2.config import SIZES, GPT2Config
+from tf_gpt2.errors import GPT2Error
+
+FAILURE, INTERRUPTED = 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 130 after Ctrl-C. Wrong usage exits with 2.
+    """
+    options = make_parser().parse_args(with_underscores(sys.argv[1:] if arguments is None else arguments))
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("tf-gpt2: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader has gone, as in "tf-gpt2 … | head -1"; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (GPT2Error, ValueError, TypeError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"tf-gpt2: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILURE
+    return 0
+
+
+def with_underscores(arguments: Sequence[str]) -> list[str]:
+    """Takes ``--top-k`` for ``--top_k``, up to a bare ``--``, behind which all is text."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [
+        "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+        for argument in arguments[:end]
+        for name, equals, value in [argument.partition("=")]
+    ]
+    return options + list(arguments[end:])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser; each command names the function that runs it."""
+    parser = argparse.ArgumentParser(prog="tf-gpt2", description="GPT-2 in TensorFlow and Keras.")
+    parser.add_argument("--version", action="version", version=f"tf-gpt2 {package_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (add_generate, add_download, add_encode, add_decode, add_info):
+        command = add(commands)
+        command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+        command.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def package_version() -> str:
+    """Gives the installed version."""
+    try:
+        return version("tf_gpt2")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """Adds what says which model is meant."""
+    command.add_argument(
+        "--model_size", default="124M", metavar="SIZE", help=f"{', '.join(SIZES)}, tiny (embedded), or a folder's name"
+    )
+    command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="where the models' folders are")
+
+
+def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Adds ``generate``."""
+    command = commands.add_parser("generate", help="continue a text", description="Continues PROMPT.")
+    command.set_defaults(run=run_generate)
+    command.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from standard input")
+    add_model_options(command)
+    command.add_argument("--n_tokens_to_generate", type=natural, default=40, metavar="N", help="most new tokens")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token")
+    command.add_argument("--top_k", type=natural, default=0, metavar="K", help="draw from the K likeliest; 0 for all")
+    command.add_argument("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest of mass P")
+    command.add_argument("--seed", type=natural, default=0, metavar="S", help="the same seed gives the same text")
+    command.add_argument(
+        "--num_samples", type=positive, default=1, metavar="N", help="texts to print, with seeds S, S+1, …"
+    )
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    return command
+
+
+def add_download(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Adds ``download``."""
+    command = commands.add_parser(
+        "download", help="fetch OpenAI's files", description="Fetches a model's seven files; goes on where it stopped."
+    )
+    command.set_defaults(run=run_download)
+    command.add_argument("model_size", metavar="SIZE", nargs="?", default="124M", help=", ".join(SIZES))
+    command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="files go to DIR/SIZE")
+    return command
+
+
+def add_encode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Adds ``encode``."""
+    command = commands.add_parser("encode", help="text to token ids", description="Prints the token ids of TEXT.")
+    command.set_defaults(run=run_encode)
+    command.add_argument("text", metavar="TEXT", help="text; - reads it from standard input")
+    add_model_options(command)
+    return command
+
+
+def add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Adds ``decode``."""
+    command = commands.add_parser("decode", help="token ids to text", description="Prints the text of token ids.")
+    command.set_defaults(run=run_decode)
+    command.add_argument("ids", metavar="ID", nargs="+", help="token ids; a single - reads them from standard input")
+    add_model_options(command)
+    return command
+
+
+def add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Adds ``info``."""
+    command = commands.add_parser("info", help="sizes, parameters, memory", description="Prints a table of the models.")
+    command.set_defaults(run=run_info)
+    command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="where the models' folders are")
+    return command
+
+
+def natural(text: str) -> int:
+    """Reads an integer from 0 on."""
+    return bounded_int(text, 0)
+
+
+def positive(text: str) -> int:
+    """Reads an integer from 1 on."""
+    return bounded_int(text, 1)
+
+
+def bounded_int(text: str, least: int) -> int:
+    """Reads an integer from ``least`` on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+    return value
+
+
+def read_argument(text: str) -> str:
+    """Gives the argument, or standard input in its place: UTF-8 whatever the locale says."""
+    return sys.stdin.buffer.read().decode("utf-8", "replace") if text == "-" else text
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Prints completions, with a line ``=== sample 1 ===`` before each if there are several."""
+    prompt = read_argument(options.prompt)
+    from tf_gpt2.checkpoint.download import resolve_checkpoint
+
+    folder = resolve_checkpoint(options.model_size, options.models_dir)
+    with quiet_tensorflow():
+        from tf_gpt2.pipeline import TextGenerator
+
+        generator = TextGenerator.from_checkpoint(folder, dtype=options.dtype)
+        texts = generator.generate(
+            [prompt] * options.num_samples,
+            max_new_tokens=options.n_tokens_to_generate,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=[options.seed + i for i in range(options.num_samples)],
+        )
+    for i, text in enumerate(texts):
+        if len(texts) > 1:
+            write(f"=== sample {i + 1} ===\n")
+        write(text + "\n")
+
+
+def run_download(options: argparse.Namespace) -> None:
+    """Fetches the files and says where they are."""
+    from tf_gpt2.checkpoint.download import download_gpt2_files
+
+    folder = Path(options.models_dir) / options.model_size
+    download_gpt2_files(options.model_size, folder)
+    write(f"{folder}\n")
+
+
+def run_encode(options: argparse.Namespace) -> None:
+    """Prints the ids, separated by spaces."""
+    from tf_gpt2.tokenizer.encoder import get_encoder
+
+    encoder = get_encoder(options.model_size, options.models_dir)
+    write(" ".join(map(str, encoder.encode(read_argument(options.text)))) + "\n")
+
+
+def run_decode(options: argparse.Namespace) -> None:
+    """Prints the text."""
+    from tf_gpt2.tokenizer.encoder import get_encoder
+
+    words = read_argument("-").split() if options.ids == ["-"] else options.ids
+    encoder = get_encoder(options.model_size, options.models_dir)
+    try:
+        ids = [int(word) for word in words]
+    except ValueError:
+        raise ValueError(f"ID must be integers, got {' '.join(words)!r}") from None
+    write(encoder.decode(ids) + "\n")
+
+
+def run_info(options: argparse.Namespace) -> None:
+    """Prints each size's hyperparameters, the memory of its weights, and whether it is here."""
+    from tf_gpt2.checkpoint.download import embedded_dir, missing_files
+
+    configs = {"tiny": GPT2Config.from_file(embedded_dir() / "hparams.json"), **SIZES}
+    write(f"{'size':8}{'layers':>8}{'heads':>8}{'width':>8}{'context':>9}{'vocabulary':>12}{'parameters':>16}")
+    write(f"{'float32':>11}{'bfloat16':>11}  here\n")
+    for name, config in configs.items():
+        is_here = name == "tiny" or not missing_files(Path(options.models_dir) / name)
+        numbers = f"{config.n_layer:8}{config.n_head:8}{config.n_embd:8}{config.n_ctx:9}{config.n_vocab:12}"
+        sizes = f"{config.n_params:16,}{config.n_params * 4 / 1e6:8.0f} MB{config.n_params * 2 / 1e6:8.0f} MB"
+        write(f"{name:8}{numbers}{sizes}  {'yes' if is_here else 'no'}\n")
+
+
+def write(text: str) -> None:
+    """Writes to stdout as UTF-8 whatever the locale says: a completion may hold any character."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def quiet_tensorflow() -> Iterator[None]:
+    """Keeps TensorFlow's start-up notes from the terminal; shows them when something fails.
+
+    They are written by C++ straight to file descriptor 2, and not all heed ``TF_CPP_MIN_LOG_LEVEL``.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as notes:
+        os.dup2(notes.fileno(), 2)
+        try:
+            yield
+        except (GPT2Error, ValueError, TypeError, KeyboardInterrupt):
+            raise  # said in our own words
+        except BaseException:
+            notes.seek(0)
+            os.write(terminal, notes.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The hyperparameters of a GPT-2: frozen, validated, read from OpenAI's ``hparams.json``.
+
+Knows nothing of TensorFlow, of weights or of files other than that one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tf_gpt2.errors import CheckpointError
+
+LAYER_NORM_EPS = 1e-5
+"""Added to the variance in every layer norm. Source: openai/gpt-2, ``src/model.py``, ``norm``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """Hyperparameters under OpenAI's names.
+
+    Attributes:
+        n_vocab: number of tokens, V.
+        n_ctx: longest sequence in tokens.
+        n_embd: width of the residual stream, C.
+        n_head: attention heads per block, H; must divide ``n_embd``.
+        n_layer: number of blocks, L.
+
+    Raises:
+        TypeError: when a value is not an integer.
+        ValueError: when a value is below 1, or ``n_head`` does not divide ``n_embd``.
+
+    Example:
+        >>> GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12).n_params
+        124439808
+    """
+
+    n_vocab: int
+    n_ctx: int
+    n_embd: int
+    n_head: int
+    n_layer: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{field.name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}; "
+                f"GPT-2 uses heads of width 64"
+            )
+
+    @classmethod
+    def from_hparams(cls, hparams: Mapping[str, Any]) -> GPT2Config:
+        """Makes a config from the dict in ``hparams.json``; keys that GPT-2 does not know are ignored.
+
+        Raises:
+            ValueError: when a hyperparameter is missing or out of range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in hparams]
+        if missing:
+            raise ValueError(f"hparams lacks {', '.join(missing)}; it needs {', '.join(names)}")
+        return cls(**{name: hparams[name] for name in names})
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> GPT2Config:
+        """Reads ``hparams.json``.
+
+        Raises:
+            CheckpointError: when the file is missing, is not JSON, or does not describe a GPT-2.
+        """
+        return cls.from_hparams(read_hparams(path))
+
+    def to_hparams(self) -> dict[str, int]:
+        """Gives back the plain dict, in OpenAI's order of keys."""
+        return dataclasses.asdict(self)
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head, D."""
+        return self.n_embd // self.n_head
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters; the output head is the token embedding and counts once."""
+        per_block = 12 * self.n_embd**2 + 13 * self.n_embd
+        return (self.n_vocab + self.n_ctx + 2) * self.n_embd + self.n_layer * per_block
+
+
+def read_hparams(path: str | Path) -> dict[str, Any]:
+    """Reads ``hparams.json`` as a plain dict and checks that it describes a GPT-2.
+
+    Raises:
+        CheckpointError: when the file is missing, is not JSON, or does not describe a GPT-2.
+    """
+    try:
+        hparams = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; delete it and download the checkpoint again") from error
+    try:
+        GPT2Config.from_hparams(hparams)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not describe a GPT-2: {error}") from error
+    return hparams
+
+
+SIZES: Mapping[str, GPT2Config] = MappingProxyType(
+    {
+        "124M": GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12),
+        "355M": GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=1024, n_head=16, n_layer=24),
+        "774M": GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=1280, n_head=20, n_layer=36),
+        "1558M": GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=1600, n_head=25, n_layer=48),
+    }
+)
+"""The four released sizes. Source: the ``hparams.json`` of each, and Radford et al. 2019, table 2."""

@@ -1,0 +1,1 @@
+"""Token ids -> more token ids: cache, sampling, the compiled loop. Knows nothing of text."""

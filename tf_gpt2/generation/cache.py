@@ -1,0 +1,57 @@
+"""The key/value cache: one object per block, as attention asks for it.
+
+Keys and values are apart, each (B*H, S, D): of the layouts measured, the one that XLA updates in place. New entries are
+written first and then attended to; the other order makes XLA copy the cache at each step. Knows nothing of ids.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from tf_gpt2.model.layers import causal_mask
+
+
+class PrefillLayer:
+    """One block's cache while the prompt is read: keeps what attention computes, and hides nothing but the future.
+
+    Attributes:
+        keys: (B*H, T, D), after ``update``.
+        values: (B*H, T, D), after ``update``.
+    """
+
+    keys: tf.Tensor
+    values: tf.Tensor
+
+    def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Remembers keys and values (B*H, T, D); gives them back with a causal mask (1, T, T)."""
+        self.keys, self.values = k, v
+        return k, v, causal_mask(tf.shape(k)[1])
+
+    def padded(self, length: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Gives keys and values with room for ``length`` positions, (B*H, S, D)."""
+        room = [[0, 0], [0, length - tf.shape(self.keys)[1]], [0, 0]]
+        return tf.pad(self.keys, room), tf.pad(self.values, room)
+
+
+class DecodeLayer:
+    """One block's cache while tokens are appended, each row at a position of its own.
+
+    Args:
+        keys: (B*H, S, D).
+        values: (B*H, S, D).
+        positions: int32 (B,), where each row's new entry goes; what lies behind it is not attended to.
+    """
+
+    def __init__(self, keys: tf.Tensor, values: tf.Tensor, positions: tf.Tensor):
+        self.keys = keys
+        self.values = values
+        n_rows, n_slots = keys.shape[0], keys.shape[1]
+        positions = tf.repeat(positions, n_rows // positions.shape[0])  # (B*H,)
+        self.mask = (tf.range(n_slots) <= positions[:, None])[:, None]  # (B*H, 1, S)
+        self.slots = tf.stack([tf.range(n_rows), positions], axis=1)  # (B*H, 2)
+
+    def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Writes keys and values (B*H, 1, D) into their slots; gives the whole cache and the mask (B*H, 1, S)."""
+        self.keys = tf.tensor_scatter_nd_update(self.keys, self.slots, k[:, 0])
+        self.values = tf.tensor_scatter_nd_update(self.values, self.slots, v[:, 0])
+        return self.keys, self.values, self.mask

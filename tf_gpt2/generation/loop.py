@@ -1,0 +1,173 @@
+"""Prefill and decode: the two functions that XLA compiles.
+
+Prefill reads the prompts and chooses each row's first new token; decode feeds the last token back, in a loop inside one
+compiled function. Everything that may differ from call to call is data; only shapes make XLA compile, and these come
+from ``bucket``. Ids and lengths are taken as valid. Knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer
+from tf_gpt2.generation.sampling import Sampling, choose
+from tf_gpt2.model.gpt2 import GPT2Model
+
+SMALLEST_BUCKET = 16
+
+
+class State(NamedTuple):
+    """What the loop carries.
+
+    Attributes:
+        ids: int32 (B, S + 1), prompt and new tokens. What lies past a row's length means nothing; the last column is
+            there for rows that are full and still write.
+        lengths: int32 (B,), tokens so far. The last one has not been fed to the model yet.
+        logprobs: float32 (B, S + 1), of each new token under the unmodified model, at its place in ``ids``.
+        stopped: bool (B,), whether the row chose a stop id, which is not counted in ``lengths``.
+        keys: per block (B*H, S, D).
+        values: per block (B*H, S, D).
+    """
+
+    ids: tf.Tensor
+    lengths: tf.Tensor
+    logprobs: tf.Tensor
+    stopped: tf.Tensor
+    keys: tuple[tf.Tensor, ...]
+    values: tuple[tf.Tensor, ...]
+
+
+class Limits(NamedTuple):
+    """When rows end.
+
+    Attributes:
+        lengths: int32 (B,), the most tokens a row may have, its prompt included.
+        stop_ids: int32 (K,), -1 for none.
+    """
+
+    lengths: tf.Tensor
+    stop_ids: tf.Tensor
+
+
+def prefill(
+    model: GPT2Model, ids: tf.Tensor, lengths: tf.Tensor, sampling: Sampling, limits: Limits, n_slots: int
+) -> State:
+    """Reads the prompts and appends the first token to each.
+
+    Args:
+        model: the model.
+        ids: int32 (B, T), right-padded.
+        lengths: int32 (B,), at least 1.
+        sampling: how to choose.
+        limits: when to end.
+        n_slots: S, room in the cache; static.
+    """
+    cache = [PrefillLayer() for _ in model.blocks]
+    hidden = model.hidden_states(ids, cache=cache)  # (B, T, C)
+    last = tf.gather(hidden, lengths - 1, batch_dims=1)  # (B, C): the head is the largest product, one row is enough
+    keys, values = zip(*(layer.padded(n_slots) for layer in cache), strict=True)
+    ids = tf.pad(ids, [[0, 0], [0, n_slots + 1 - ids.shape[1]]])  # (B, S + 1)
+    state = State(
+        ids=ids,
+        lengths=lengths,
+        logprobs=tf.zeros(ids.shape, tf.float32),
+        stopped=tf.zeros(lengths.shape, tf.bool),
+        keys=keys,
+        values=values,
+    )
+    return append(state, model.logits(last), sampling, limits)
+
+
+def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
+    """Appends up to ``n_steps`` tokens to each row; stops early when no row goes on."""
+
+    def goes_on(step: tf.Tensor, state: State) -> tf.Tensor:
+        return (step < n_steps) & tf.reduce_any(is_active(state, limits))
+
+    def body(step: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
+        return step + 1, decode_step(model, state, sampling, limits)
+
+    return tf.while_loop(goes_on, body, (tf.constant(0), state))[1]
+
+
+def decode_step(model: GPT2Model, state: State, sampling: Sampling, limits: Limits) -> State:
+    """Feeds each row's last token and appends the next one."""
+    positions = state.lengths - 1  # (B,)
+    last = tf.gather(state.ids, positions, batch_dims=1)  # (B,)
+    cache = [DecodeLayer(k, v, positions) for k, v in zip(state.keys, state.values, strict=True)]
+    hidden = model.hidden_states(last[:, None], positions=positions[:, None], cache=cache)  # (B, 1, C)
+    state = state._replace(keys=tuple(layer.keys for layer in cache), values=tuple(layer.values for layer in cache))
+    return append(state, model.logits(hidden[:, 0]), sampling, limits)
+
+
+def append(state: State, logits: tf.Tensor, sampling: Sampling, limits: Limits) -> State:
+    """Chooses from ``logits`` (B, V) and puts the ids behind the rows that go on."""
+    chosen = choose(logits, sampling, state.lengths)  # (B,)
+    chosen_logits = tf.gather(logits, chosen, batch_dims=1)
+    logprobs = chosen_logits - tf.reduce_logsumexp(logits, axis=-1)  # (B,)
+    active = is_active(state, limits)
+    stops = tf.reduce_any(chosen[:, None] == limits.stop_ids[None], axis=-1)
+    # rows that have ended write past their end, where nothing is read
+    slots = tf.stack([tf.range(chosen.shape[0]), state.lengths], axis=1)  # (B, 2)
+    return state._replace(
+        ids=tf.tensor_scatter_nd_update(state.ids, slots, chosen),
+        logprobs=tf.tensor_scatter_nd_update(state.logprobs, slots, logprobs),
+        lengths=state.lengths + tf.cast(active & ~stops, tf.int32),
+        stopped=state.stopped | (active & stops),
+    )
+
+
+def is_active(state: State, limits: Limits) -> tf.Tensor:
+    """Says which rows still want a token: bool (B,)."""
+    return ~state.stopped & (state.lengths < limits.lengths)
+
+
+def bucket(length: int, n_ctx: int) -> int:
+    """Rounds a length up to a power of two, at most ``n_ctx``: XLA compiles once per bucket, not once per length."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        size *= 2
+    return min(size, n_ctx)
+
+
+class CompiledLoop:
+    """One model's prefill and decode as ``tf.function``s, which keep what they have compiled.
+
+    Args:
+        model: referred to weakly, so that a model can be freed while its loop is remembered.
+        jit_compile: whether XLA compiles them.
+    """
+
+    def __init__(self, model: GPT2Model, *, jit_compile: bool):
+        self.prefill = tf.function(bind_weakly(prefill, model), jit_compile=jit_compile, autograph=False)
+        self.decode = tf.function(bind_weakly(decode, model), jit_compile=jit_compile, autograph=False)
+
+    @property
+    def n_traces(self) -> int:
+        """How often a new shape was met: under XLA the number of compilations."""
+        return int(self.prefill.experimental_get_tracing_count() + self.decode.experimental_get_tracing_count())
+
+
+def bind_weakly(function: Callable[..., State], model: GPT2Model) -> Callable[..., State]:
+    """Fixes the first argument without keeping it alive."""
+    reference = weakref.ref(model)
+
+    def bound(*args: Any) -> State:
+        return function(reference(), *args)
+
+    return bound
+
+
+_loops: weakref.WeakKeyDictionary[GPT2Model, dict[bool, CompiledLoop]] = weakref.WeakKeyDictionary()
+
+
+def loop_of(model: GPT2Model, *, jit_compile: bool) -> CompiledLoop:
+    """Gives a model's compiled loop, the same at each call: compiling takes seconds, and belongs to the model."""
+    loops = _loops.setdefault(model, {})
+    if jit_compile not in loops:
+        loops[jit_compile] = CompiledLoop(model, jit_compile=jit_compile)
+    return loops[jit_compile]

@@ -1,0 +1,1 @@
+"""Token ids -> logits: the Keras layers and the model. Knows nothing of text."""

@@ -1,0 +1,174 @@
+"""``GPT2Model``: token ids -> logits, as an ordinary ``keras.Model``.
+
+Knows nothing of text or of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_gpt2.checkpoint.openai import iter_variables
+from tf_gpt2.checkpoint.params import Tree, leaves
+from tf_gpt2.config import GPT2Config
+from tf_gpt2.errors import ContextLengthError
+from tf_gpt2.model.layers import Block, LayerCache, LayerNorm
+from tf_gpt2.model.param_tree import Leaf, ParamTree
+from tf_gpt2.model.products import product
+
+
+@keras.saving.register_keras_serializable("tf_gpt2")
+class GPT2Model(ParamTree, keras.Model):
+    """GPT-2, from token ids to the logits of the next token at each position.
+
+    Args:
+        config: the hyperparameters.
+        dropout: rate after the embeddings and inside the blocks, active in training only; 0.1 in the paper.
+        dtype: a Keras dtype policy: ``"float32"``, ``"bfloat16"``, ``"mixed_bfloat16"``. Layer norm, softmax and
+            logits are float32 in each.
+
+    Call arguments:
+        ids: integers (B, T), 1 <= T <= n_ctx, each in [0, n_vocab) -> logits, float32 (B, T, n_vocab).
+
+    Raises:
+        ContextLengthError: when T exceeds ``n_ctx``.
+        ValueError: when ids are empty, not (B, T), or outside the vocabulary (checked on eager calls).
+
+    Example:
+        >>> import numpy as np
+        >>> config = GPT2Config(n_vocab=300, n_ctx=16, n_embd=8, n_head=2, n_layer=1)
+        >>> GPT2Model(config)(np.array([[1, 2, 3]])).shape
+        TensorShape([1, 3, 300])
+    """
+
+    def __init__(self, config: GPT2Config, dropout: float = 0.0, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        self.dropout = dropout
+        c = config.n_embd
+        self.blocks = [
+            Block(c, config.n_head, dropout, dtype=self.dtype_policy, name=f"h{i}") for i in range(config.n_layer)
+        ]
+        self.ln_f = LayerNorm(c, dtype=self.dtype_policy, name="ln_f")
+        self.embd_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+        self.build((None, None))
+
+    def build(self, input_shape: Any) -> None:
+        """Creates all weights; their shapes follow from the config alone."""
+        config = self.config
+        self.wte = self.add_weight(
+            shape=(config.n_vocab, config.n_embd), initializer=keras.initializers.RandomNormal(stddev=0.02), name="wte"
+        )
+        self.wpe = self.add_weight(
+            shape=(config.n_ctx, config.n_embd), initializer=keras.initializers.RandomNormal(stddev=0.01), name="wpe"
+        )
+        for layer in (*self.blocks, self.ln_f):
+            layer.build((None, None, config.n_embd))
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, **kwargs: Any) -> GPT2Model:
+        """Makes a model from a folder with OpenAI's files, one variable at a time to keep the memory low.
+
+        Args:
+            folder: holds ``hparams.json`` and the TensorFlow checkpoint.
+            **kwargs: as for the constructor.
+
+        Raises:
+            CheckpointError: when the folder is not a complete GPT-2 checkpoint.
+        """
+        config = GPT2Config.from_file(Path(folder) / "hparams.json")
+        model = cls(config, **kwargs)
+        targets = dict(leaves(model.leaf_tree()))
+        for path, array in iter_variables(folder, config):
+            targets[path].write(array)
+        return model
+
+    def leaf_tree(self) -> Tree:
+        """Gives the whole tree, ``{"blocks", "ln_f", "wpe", "wte"}``."""
+        return {
+            "blocks": [block.leaf_tree() for block in self.blocks],
+            "ln_f": self.ln_f.leaf_tree(),
+            "wpe": Leaf(self.wpe),
+            "wte": Leaf(self.wte),
+        }
+
+    def call(self, ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """Computes logits at every position, float32 (B, T, V)."""
+        check_ids(ids, self.config)
+        return self.logits(self.hidden_states(ids, training=training))
+
+    def hidden_states(
+        self,
+        ids: tf.Tensor,
+        *,
+        positions: tf.Tensor | None = None,
+        cache: Sequence[LayerCache] | None = None,
+        training: bool | None = None,
+    ) -> tf.Tensor:
+        """Runs embeddings, blocks and the last layer norm; does not check the ids.
+
+        Args:
+            ids: integers (B, T).
+            positions: integers (B, T), the place of each id in its sequence; 0, 1, … by default.
+            cache: one ``LayerCache`` per block, or ``None``.
+            training: switches dropout on.
+
+        Returns:
+            Floats (B, T, C) in the compute dtype.
+        """
+        if positions is None:
+            positions = tf.range(tf.shape(ids)[1])[None]  # (1, T)
+        # gather, not a slice: a slice would compile anew for each position
+        x = tf.gather(self.wte.value, ids) + tf.gather(self.wpe.value, positions)  # (B, T, C)
+        x = self.embd_dropout(tf.cast(x, self.compute_dtype), training=training)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache=None if cache is None else cache[i], training=training)
+        return self.ln_f(x)
+
+    def logits(self, hidden: tf.Tensor) -> tf.Tensor:
+        """Multiplies by the token embedding: floats (..., C) -> float32 (..., V)."""
+        return tf.cast(product(hidden, tf.cast(self.wte, hidden.dtype)), tf.float32)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
+        """Appends the vocabulary."""
+        return (*input_shape, self.config.n_vocab)
+
+    def get_config(self) -> dict[str, Any]:
+        """Gives the constructor's arguments, the config as a plain dict."""
+        return {**super().get_config(), "config": self.config.to_hparams(), "dropout": self.dropout}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPT2Model:
+        """Makes a model from what ``get_config`` gave."""
+        return cls(**{**config, "config": GPT2Config.from_hparams(config["config"])})
+
+
+def check_ids(ids: tf.Tensor, config: GPT2Config) -> None:
+    """Refuses what compiled code would silently clamp: wrong rank or length, ids outside the vocabulary.
+
+    The values are checked only where they exist: a tensor inside a graph has none.
+
+    Raises:
+        ContextLengthError: when the sequence is longer than ``n_ctx``.
+        ValueError: for all else.
+    """
+    if len(ids.shape) != 2:
+        raise ValueError(f"ids must have shape (B, T), got {tuple(ids.shape)}; wrap one sequence as [ids]")
+    if 0 in tuple(ids.shape):
+        raise ValueError(f"ids must not be empty, got shape {tuple(ids.shape)}; start from <|endoftext|> if need be")
+    if ids.shape[1] is not None and ids.shape[1] > config.n_ctx:
+        raise ContextLengthError(f"ids are {ids.shape[1]} long, the window is n_ctx={config.n_ctx}; cut the sequence")
+    if not keras.backend.is_int_dtype(ids.dtype):
+        raise ValueError(f"ids must be integers, got {keras.backend.standardize_dtype(ids.dtype)}")
+    if isinstance(ids, tf.Tensor) and not tf.is_symbolic_tensor(ids):
+        values = np.asarray(ids)
+        if values.min() < 0 or values.max() >= config.n_vocab:
+            raise ValueError(
+                f"ids must lie in [0, {config.n_vocab}), got {values.min()} to {values.max()}; "
+                f"is this the vocabulary of the checkpoint?"
+            )

@@ -1,0 +1,283 @@
+"""The parts of GPT-2 as Keras layers: ``Linear``, ``LayerNorm``, ``CausalSelfAttention``, ``MLP``, ``Block``.
+
+Axis letters: B batch, T query positions, S key positions, C width, H heads, D head width, F MLP width. The layers know
+nothing of sampling or of how a key/value cache is kept: a ``cache`` is any object with
+``update(k, v) -> (keys, values, mask)``.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2, ``src/model.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import keras
+import tensorflow as tf
+
+from tf_gpt2.checkpoint.params import Tree
+from tf_gpt2.config import LAYER_NORM_EPS
+from tf_gpt2.model.param_tree import Leaf, ParamTree
+from tf_gpt2.model.products import gelu, normalize, product
+
+INIT_STDDEV = 0.02
+"""Standard deviation of fresh weights. Source: openai/gpt-2, ``src/model.py``, ``conv1d``."""
+
+
+class LayerCache(Protocol):
+    """What attention asks of one layer's key/value cache."""
+
+    def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Takes new keys and values (B*H, T, D); gives all to attend to, (B*H, S, D), and a mask, (B*H or 1, T, S)."""
+
+
+@keras.saving.register_keras_serializable("tf_gpt2")
+class Linear(ParamTree, keras.layers.Layer):
+    """``x @ w + b``, with ``w`` kept transposed.
+
+    The tree holds ``w`` as ``(n_in, n_out)``, the variable as ``(n_out, n_in)``: a one-row product then reads one
+    contiguous run per output, which the memory serves faster than strided columns.
+
+    Args:
+        n_in: width of the input.
+        n_out: width of the output.
+
+    Call arguments:
+        x: floats (..., n_in) -> (..., n_out).
+    """
+
+    def __init__(self, n_in: int, n_out: int, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        self.n_in = n_in
+        self.n_out = n_out
+
+    def build(self, input_shape: Any) -> None:
+        """Creates ``w`` and ``b``."""
+        normal = keras.initializers.RandomNormal(stddev=INIT_STDDEV)
+        self.w = self.add_weight(shape=(self.n_out, self.n_in), initializer=normal, name="w")
+        self.b = self.add_weight(shape=(self.n_out,), initializer="zeros", name="b")
+
+    def leaf_tree(self) -> Tree:
+        """Gives ``{"b", "w"}``."""
+        return {"b": Leaf(self.b), "w": Leaf(self.w, transposed=True)}
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Computes ``x @ w + b`` in the layer's compute dtype."""
+        x = tf.cast(x, self.compute_dtype)
+        return product(x, tf.cast(self.w, x.dtype)) + tf.cast(self.b, x.dtype)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
+        """Replaces the last axis."""
+        return (*input_shape[:-1], self.n_out)
+
+    def get_config(self) -> dict[str, Any]:
+        """Gives the constructor's arguments."""
+        return {**super().get_config(), "n_in": self.n_in, "n_out": self.n_out}
+
+
+@keras.saving.register_keras_serializable("tf_gpt2")
+class LayerNorm(ParamTree, keras.layers.Layer):
+    """Layer norm over the last axis, in float32 whatever the policy; eps 1e-5, biased variance.
+
+    Args:
+        n_embd: width, C.
+
+    Call arguments:
+        x: floats (..., C) -> (..., C) in the compute dtype.
+    """
+
+    def __init__(self, n_embd: int, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        self.n_embd = n_embd
+
+    def build(self, input_shape: Any) -> None:
+        """Creates the gain ``g`` and the bias ``b``."""
+        self.g = self.add_weight(shape=(self.n_embd,), initializer="ones", name="g")
+        self.b = self.add_weight(shape=(self.n_embd,), initializer="zeros", name="b")
+
+    def leaf_tree(self) -> Tree:
+        """Gives ``{"b", "g"}``."""
+        return {"b": Leaf(self.b), "g": Leaf(self.g)}
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Normalizes in float32, returns the compute dtype."""
+        g, b = tf.cast(self.g, tf.float32), tf.cast(self.b, tf.float32)
+        return tf.cast(normalize(tf.cast(x, tf.float32), g, b, eps=LAYER_NORM_EPS), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
+        """Keeps the shape."""
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Gives the constructor's arguments."""
+        return {**super().get_config(), "n_embd": self.n_embd}
+
+
+@keras.saving.register_keras_serializable("tf_gpt2")
+class CausalSelfAttention(ParamTree, keras.layers.Layer):
+    """Multi-head attention in which a position sees itself and what came before.
+
+    Args:
+        n_embd: width, C.
+        n_head: heads, H; must divide ``n_embd``.
+        dropout: rate on attention weights and on the output, active in training only.
+
+    Call arguments:
+        x: floats (B, T, C) -> (B, T, C).
+        cache: ``LayerCache`` of earlier keys and values; ``None`` attends within ``x``.
+    """
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        if n_embd % n_head:
+            raise ValueError(f"n_head must divide n_embd, got n_head={n_head} and n_embd={n_embd}")
+        self.n_embd = n_embd
+        self.n_head = n_head
+        self.dropout = dropout
+        self.c_attn = Linear(n_embd, 3 * n_embd, dtype=self.dtype_policy, name="c_attn")
+        self.c_proj = Linear(n_embd, n_embd, dtype=self.dtype_policy, name="c_proj")
+        self.attn_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+        self.resid_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+
+    def build(self, input_shape: Any) -> None:
+        """Builds both linear layers."""
+        self.c_attn.build(input_shape)
+        self.c_proj.build(input_shape)
+
+    def leaf_tree(self) -> Tree:
+        """Gives ``{"c_attn", "c_proj"}``."""
+        return {"c_attn": self.c_attn.leaf_tree(), "c_proj": self.c_proj.leaf_tree()}
+
+    def call(self, x: tf.Tensor, cache: LayerCache | None = None, training: bool | None = None) -> tf.Tensor:
+        """Attends within ``x``, or to the cache that ``x`` extends."""
+        q, k, v = map(self.split_heads, tf.split(self.c_attn(x), 3, axis=-1))  # each (B*H, T, D)
+        if cache is None:
+            mask = causal_mask(tf.shape(x)[1])
+        else:
+            k, v, mask = cache.update(k, v)
+        scores = tf.matmul(q, k, transpose_b=True)  # (B*H, T, S)
+        scores = tf.cast(scores, tf.float32) / math.sqrt(self.n_embd // self.n_head)
+        weights = tf.nn.softmax(tf.where(mask, scores, tf.float32.min))
+        weights = self.attn_dropout(tf.cast(weights, v.dtype), training=training)
+        out = self.merge_heads(tf.matmul(weights, v), tf.shape(x)[1])  # (B, T, C)
+        return self.resid_dropout(self.c_proj(out), training=training)
+
+    def split_heads(self, x: tf.Tensor) -> tf.Tensor:
+        """Takes (B, T, C) to (B*H, T, D): three axes, because XLA updates a cache of three in place."""
+        head_width = self.n_embd // self.n_head
+        if x.shape[1] == 1:  # one position: the same order of numbers, so no transpose
+            return tf.reshape(x, (-1, 1, head_width))  # (B*H, 1, D)
+        n_positions = tf.shape(x)[1]
+        x = tf.reshape(x, (-1, n_positions, self.n_head, head_width))  # (B, T, H, D)
+        return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (-1, n_positions, head_width))  # (B*H, T, D)
+
+    def merge_heads(self, x: tf.Tensor, n_positions: tf.Tensor) -> tf.Tensor:
+        """Takes (B*H, T, D) back to (B, T, C)."""
+        if x.shape[1] == 1:
+            return tf.reshape(x, (-1, 1, self.n_embd))  # (B, 1, C)
+        x = tf.reshape(x, (-1, self.n_head, n_positions, self.n_embd // self.n_head))  # (B, H, T, D)
+        return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (-1, n_positions, self.n_embd))  # (B, T, C)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
+        """Keeps the shape."""
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Gives the constructor's arguments."""
+        return {**super().get_config(), "n_embd": self.n_embd, "n_head": self.n_head, "dropout": self.dropout}
+
+
+def causal_mask(n_positions: tf.Tensor) -> tf.Tensor:
+    """Says which key position (columns) each query position (rows) may see: bool (1, T, T)."""
+    positions = tf.range(n_positions)
+    return (positions[None, :] <= positions[:, None])[None]  # (1, T, T)
+
+
+@keras.saving.register_keras_serializable("tf_gpt2")
+class MLP(ParamTree, keras.layers.Layer):
+    """Two linear layers with gelu between; the inner width F is 4 C.
+
+    Args:
+        n_embd: width, C.
+        dropout: rate on the output, active in training only.
+
+    Call arguments:
+        x: floats (B, T, C) -> (B, T, C).
+    """
+
+    def __init__(self, n_embd: int, dropout: float = 0.0, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        self.n_embd = n_embd
+        self.dropout = dropout
+        self.c_fc = Linear(n_embd, 4 * n_embd, dtype=self.dtype_policy, name="c_fc")
+        self.c_proj = Linear(4 * n_embd, n_embd, dtype=self.dtype_policy, name="c_proj")
+        self.resid_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+
+    def build(self, input_shape: Any) -> None:
+        """Builds both linear layers."""
+        self.c_fc.build(input_shape)
+        self.c_proj.build(input_shape)
+
+    def leaf_tree(self) -> Tree:
+        """Gives ``{"c_fc", "c_proj"}``."""
+        return {"c_fc": self.c_fc.leaf_tree(), "c_proj": self.c_proj.leaf_tree()}
+
+    def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """Widens, applies gelu, narrows."""
+        return self.resid_dropout(self.c_proj(gelu(self.c_fc(x))), training=training)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
+        """Keeps the shape."""
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Gives the constructor's arguments."""
+        return {**super().get_config(), "n_embd": self.n_embd, "dropout": self.dropout}
+
+
+@keras.saving.register_keras_serializable("tf_gpt2")
+class Block(ParamTree, keras.layers.Layer):
+    """One transformer block, layer norms before each part and residual sums around it.
+
+    Args:
+        n_embd: width, C.
+        n_head: heads, H; must divide ``n_embd``.
+        dropout: rate inside attention and MLP, active in training only.
+
+    Call arguments:
+        x: floats (B, T, C) -> (B, T, C).
+        cache: as in ``CausalSelfAttention``.
+    """
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        self.n_embd = n_embd
+        self.n_head = n_head
+        self.dropout = dropout
+        self.ln_1 = LayerNorm(n_embd, dtype=self.dtype_policy, name="ln_1")
+        self.attn = CausalSelfAttention(n_embd, n_head, dropout, dtype=self.dtype_policy, name="attn")
+        self.ln_2 = LayerNorm(n_embd, dtype=self.dtype_policy, name="ln_2")
+        self.mlp = MLP(n_embd, dropout, dtype=self.dtype_policy, name="mlp")
+
+    def build(self, input_shape: Any) -> None:
+        """Builds the four parts."""
+        for part in (self.ln_1, self.attn, self.ln_2, self.mlp):
+            part.build(input_shape)
+
+    def leaf_tree(self) -> Tree:
+        """Gives ``{"attn", "ln_1", "ln_2", "mlp"}``."""
+        return {name: getattr(self, name).leaf_tree() for name in ("attn", "ln_1", "ln_2", "mlp")}
+
+    def call(self, x: tf.Tensor, cache: LayerCache | None = None, training: bool | None = None) -> tf.Tensor:
+        """Adds attention's and the MLP's contributions to ``x``."""
+        x = tf.cast(x, self.compute_dtype)
+        x = x + self.attn(self.ln_1(x), cache=cache, training=training)
+        return x + self.mlp(self.ln_2(x), training=training)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
+        """Keeps the shape."""
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Gives the constructor's arguments."""
+        return {**super().get_config(), "n_embd": self.n_embd, "n_head": self.n_head, "dropout": self.dropout}

@@ -1,0 +1,92 @@
+"""Weights of a Keras layer as a parameter tree: set from it, given back as it.
+
+``set_weights`` takes OpenAI's nested dict next to Keras's flat list. Knows nothing of files or of what a layer
+computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One variable's place in the tree.
+
+    Attributes:
+        variable: the Keras variable.
+        transposed: whether the variable holds the transpose of the tree's array.
+    """
+
+    variable: keras.Variable
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tree's array."""
+        shape = tuple(self.variable.shape)
+        return shape[::-1] if self.transposed else shape
+
+    def read(self) -> np.ndarray:
+        """Copies the variable out, in the tree's orientation."""
+        array = np.asarray(self.variable.value)
+        return np.ascontiguousarray(array.T) if self.transposed else array.copy()
+
+    def write(self, array: np.ndarray) -> None:
+        """Assigns an array that is in the tree's orientation."""
+        self.variable.assign(np.ascontiguousarray(array.T) if self.transposed else array)
+
+
+class ParamTree:
+    """Mixin for Keras layers and models whose weights form a parameter tree."""
+
+    built: bool
+    build: Callable[[Any], None]
+
+    def leaf_tree(self) -> Tree:
+        """Gives the tree whose leaves are ``Leaf``; the layer must be built."""
+        raise NotImplementedError
+
+    def set_weights(self, weights: Mapping[str, Any] | list[np.ndarray]) -> None:
+        """Takes the layer's weights from a parameter tree, or from a flat list as in Keras.
+
+        Args:
+            weights: the tree or subtree with this layer's names, leaves floating-point arrays of any float dtype (they
+                are cast to the variables' dtype); or a list in the order and shapes of ``get_weights()``.
+
+        Raises:
+            ParamsError: naming each leaf that is missing, unexpected or misshapen; then nothing is assigned.
+
+        Example:
+            >>> import tf_gpt2
+            >>> from tf_gpt2.checkpoint.params import random_params
+            >>> config = tf_gpt2.GPT2Config(n_vocab=300, n_ctx=16, n_embd=8, n_head=2, n_layer=1)
+            >>> model = tf_gpt2.GPT2Model(config)
+            >>> model.set_weights(random_params(config))
+        """
+        if not isinstance(weights, Mapping):
+            super().set_weights(weights)  # type: ignore[misc]
+            return
+        self.ensure_built()
+        targets = self.leaf_tree()
+        check_params(weights, map_leaves(lambda _, leaf: leaf.shape, targets))
+        sources = dict(leaves(weights))
+        for path, leaf in leaves(targets):
+            leaf.write(np.asarray(sources[path]))
+
+    def get_params(self) -> Tree:
+        """Gives the weights back as a parameter tree of NumPy arrays, in the variables' dtype, bit for bit."""
+        self.ensure_built()
+        return map_leaves(lambda _, leaf: leaf.read(), self.leaf_tree())
+
+    def ensure_built(self) -> None:
+        """Builds the layer if no call has done so; all shapes are known from its arguments."""
+        if not self.built:
+            self.build((None, None, None))

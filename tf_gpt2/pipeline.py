@@ -1,0 +1,153 @@
+"""Text -> text: ``TextGenerator`` ties the encoder to the model.
+
+Also the reference notebook's one door, ``load_encoder_hparams_and_params``. Knows nothing of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tf_gpt2.checkpoint.download import resolve_checkpoint
+from tf_gpt2.checkpoint.openai import load_gpt2_params_from_tf_ckpt
+from tf_gpt2.checkpoint.params import Tree
+from tf_gpt2.config import read_hparams
+from tf_gpt2.errors import CheckpointError
+from tf_gpt2.generation.generate import generate
+from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.tokenizer.encoder import Encoder
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load_encoder_hparams_and_params(model_size: str, models_dir: str | Path) -> tuple[Encoder, dict[str, Any], Tree]:
+    """Loads a model's vocabulary, hyperparameters and weights; downloads OpenAI's files when they are not there.
+
+    Args:
+        model_size: ``"124M"``, ``"355M"``, ``"774M"``, ``"1558M"``, or the name of a folder in ``models_dir`` with the
+            seven files; ``"tiny"`` is the embedded checkpoint.
+        models_dir: the files are in, or go to, ``{models_dir}/{model_size}``.
+
+    Returns:
+        The encoder; ``hparams.json`` as a dict; the parameter tree, leaves float32 arrays.
+
+    Raises:
+        CheckpointError: when ``model_size`` names nothing known, or files are damaged.
+        DownloadError: when files cannot be fetched.
+
+    Example:
+        >>> encoder, hparams, params = load_encoder_hparams_and_params("tiny", "checkpoints")
+        >>> params["wte"].shape == (hparams["n_vocab"], hparams["n_embd"])
+        True
+    """
+    folder = resolve_checkpoint(model_size, models_dir)
+    hparams = read_hparams(folder / "hparams.json")
+    return Encoder.from_files(folder), hparams, load_gpt2_params_from_tf_ckpt(folder, hparams)
+
+
+class TextGenerator:
+    """Continues text with a GPT-2.
+
+    Args:
+        model: the model.
+        encoder: its vocabulary.
+
+    Raises:
+        ValueError: when model and vocabulary have different numbers of tokens.
+
+    Example:
+        >>> from tf_gpt2.checkpoint.download import embedded_dir
+        >>> generator = TextGenerator.from_checkpoint(embedded_dir())
+        >>> text = generator.generate("To be", max_new_tokens=5)
+    """
+
+    def __init__(self, model: GPT2Model, encoder: Encoder):
+        if len(encoder) != model.config.n_vocab:
+            raise ValueError(
+                f"encoder has {len(encoder)} tokens and model n_vocab={model.config.n_vocab}; take both from one folder"
+            )
+        self.model = model
+        self.encoder = encoder
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, *, dtype: str = "float32") -> TextGenerator:
+        """Makes a generator from a folder with the seven files.
+
+        Args:
+            folder: such as ``"checkpoints/tiny"``.
+            dtype: of the weights and of the arithmetic, ``"float32"`` or ``"bfloat16"``.
+
+        Raises:
+            CheckpointError: when a file is missing or damaged.
+            ValueError: when ``dtype`` is another.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if not Path(folder).is_dir():
+            raise CheckpointError(
+                f"folder must hold the seven files of a checkpoint, and {folder} is not a folder; "
+                f"download one with 'tf-gpt2 download 124M'"
+            )
+        encoder = Encoder.from_files(folder)
+        try:
+            return cls(GPT2Model.from_checkpoint(folder, dtype=dtype), encoder)
+        except ValueError as error:
+            raise CheckpointError(f"the files in {folder} do not fit each other: {error}") from error
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 40,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop_at_end_of_text: bool = True,
+        jit_compile: bool = True,
+    ) -> Any:
+        """Continues a text, or each text of a list; gives the new text only.
+
+        Text from nothing (``""``) starts after ``<|endoftext|>``, as between two documents of the training text.
+
+        Args:
+            prompts: one str, or several.
+            max_new_tokens: most new tokens per text.
+            temperature: 0 takes the likeliest token; as for ``tf_gpt2.generate``, like the next three.
+            top_k: draw from the k likeliest tokens only; 0 for all.
+            top_p: draw from the smallest set of likeliest tokens whose mass reaches p.
+            seed: the same seed gives the same text.
+            stop_at_end_of_text: end a text where the model puts ``<|endoftext|>``.
+            jit_compile: whether XLA compiles the loop.
+
+        Returns:
+            A str for a str, a list of str for several.
+
+        Raises:
+            ContextLengthError: when a prompt fills the model's window.
+            TypeError: when a prompt is not a str.
+            ValueError: when an option is out of range.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        end = self.encoder.end_of_text
+        result = generate(
+            self.model,
+            [self.encode_prompt(text) for text in texts],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_ids=[end] if stop_at_end_of_text and end is not None else [],
+            jit_compile=jit_compile,
+        )
+        completions = [self.encoder.decode(ids) for ids in result.ids]
+        return completions[0] if isinstance(prompts, str) else completions
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Gives a prompt's ids, ``<|endoftext|>`` for an empty one."""
+        ids = self.encoder.encode(text)
+        if not ids and self.encoder.end_of_text is None:
+            raise ValueError("prompts must not be empty: this vocabulary has no <|endoftext|> to start from")
+        return ids or [self.encoder.end_of_text]  # type: ignore[list-item]

@@ -1,0 +1,298 @@
+"""Text to token ids and back: GPT-2's byte-level byte-pair encoding, exact for any string and any list of merges.
+
+Text is cut into pieces (``PATTERN``: a word with its leading space, a number, a run of punctuation, of white space).
+The UTF-8 bytes of a piece become symbols, one visible character per byte, and neighbouring symbols are merged in the
+order of ``vocab.bpe`` until no merge applies. ``encoder.json`` names the id of each symbol that is left.
+
+Knows nothing of models, of batches or of TensorFlow.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import SupportsIndex
+
+import regex
+
+from tf_gpt2.checkpoint.download import VOCABULARY_FILES, resolve_checkpoint
+from tf_gpt2.errors import CheckpointError
+
+END_OF_TEXT = "<|endoftext|>"
+"""The token between documents. Source: openai/gpt-2, ``encoder.json``."""
+
+PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+"""Cuts text into pieces. Source: openai/gpt-2, ``src/encoder.py``."""
+
+WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+r"""What ``\s`` means in ``PATTERN``; that of ``re`` has U+001C to U+001F too. Source: Unicode, White_Space."""
+
+CHUNK = re.compile(f"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
+"""Cuts text before each run of white space, where a piece always ends: none has white space after anything else."""
+
+MAX_CACHE_ENTRIES = 1 << 17
+"""The cache is emptied when it has so many entries: about 20 MB for English, 100 MB for the worst of texts."""
+
+MAX_CACHED_LENGTH = 64
+"""Characters and ids of one entry together: longer strings seldom come back, and must not fill the memory."""
+
+REMEDY = "download the checkpoint again, as with tf_gpt2.download_gpt2_files"
+
+Pair = tuple[str, str]
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """Gives each byte a visible character: itself where it has one in Latin-1, else one from U+0100 on.
+
+    So a token is a string without blanks or control characters, whatever its bytes: a space shows as ``Ġ``. The order
+    is that of the first 256 ids of OpenAI's vocabulary.
+
+    Source: openai/gpt-2, ``src/encoder.py``.
+    """
+    visible = [byte for byte in range(256) if 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+class Encoder:
+    """A vocabulary with its merges: ``encode`` text to ids, ``decode`` ids to text.
+
+    Threads may share an encoder.
+
+    Args:
+        encoder: token, in the form of ``bytes_to_unicode``, to id; the content of ``encoder.json``. Is not copied.
+        bpe_merges: pairs of tokens, those to merge first in front; the content of ``vocab.bpe``.
+        errors: what ``decode`` does with bytes that are not UTF-8, as for ``bytes.decode``.
+
+    Attributes:
+        encoder, decoder: token to id, id to token.
+        bpe_ranks: pair of tokens to its place in ``bpe_merges``.
+        cache: ids of strings seen before, at most ``MAX_CACHE_ENTRIES``.
+        byte_encoder, byte_decoder: byte to visible character, visible character to byte.
+        errors, pat: as given; ``PATTERN``, compiled.
+
+    Raises:
+        ValueError: when a byte or what a merge makes has no id, two tokens have one id, or a token is not bytes.
+
+    Example:
+        >>> vocabulary = {symbol: id for id, symbol in enumerate(bytes_to_unicode().values())} | {"hi": 256}
+        >>> Encoder(vocabulary, [("h", "i")]).encode("hi, hi")
+        [256, 11, 220, 256]
+
+    Source: openai/gpt-2, ``src/encoder.py``; Sennrich et al. 2016, section 3.2.
+    """
+
+    def __init__(self, encoder: dict[str, int], bpe_merges: Iterable[Pair], errors: str = "replace") -> None:
+        self.encoder = encoder
+        self.decoder = {token_id: token for token, token_id in encoder.items()}
+        self.bpe_ranks: dict[Pair, int] = {(left, right): rank for rank, (left, right) in enumerate(bpe_merges)}
+        self.cache: dict[str, tuple[int, ...]] = {}
+        self.byte_encoder = bytes_to_unicode()
+        self.byte_decoder = {symbol: byte for byte, symbol in self.byte_encoder.items()}
+        self.errors = errors
+        self.pat = regex.compile(PATTERN)
+        self._check()
+
+    @classmethod
+    def from_files(cls, folder: str | Path) -> Encoder:
+        """Reads ``encoder.json`` and ``vocab.bpe`` in a folder.
+
+        Raises:
+            CheckpointError: when a file is missing or is not what its name says, or when they do not fit each other.
+        """
+        folder = Path(folder)
+        vocabulary, merges = _read_vocabulary(folder / "encoder.json"), _read_merges(folder / "vocab.bpe")
+        try:
+            encoder = cls(vocabulary, merges)
+            encoder._check_complete()
+        except ValueError as error:
+            raise CheckpointError(f"encoder.json and vocab.bpe in {folder} do not fit: {error}; {REMEDY}") from error
+        return encoder
+
+    def __len__(self) -> int:
+        return len(self.encoder)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of ``<|endoftext|>``; None when the vocabulary has no such token."""
+        return self.encoder.get(END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        """Turns text into ids; never into special ones, ``<|endoftext|>`` is thirteen characters like any other.
+
+        ``decode`` gives the same text back, unless it has surrogates, which UTF-8 cannot express: of these, pairs
+        become the character they stand for, lone ones U+FFFD.
+
+        Raises:
+            TypeError: when ``text`` is not a str.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}; use encode_batch for a list")
+        try:
+            return self._encode(text)
+        except UnicodeEncodeError:
+            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """Turns each text into ids; as ``encode``, and refuses a single str."""
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list of str, got a str; use encode")
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Turns ids into text; bytes that are not UTF-8 become U+FFFD, or what ``errors`` says.
+
+        Args:
+            ids: integers of any type, (T,).
+
+        Raises:
+            TypeError: when an id is not an integer.
+            ValueError: when the vocabulary has no such id.
+        """
+        return self.decode_bytes(ids).decode("utf-8", self.errors)
+
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
+        """Turns ids into the bytes they stand for, which may end inside a character; else as ``decode``."""
+        return bytes([self.byte_decoder[symbol] for token_id in ids for symbol in self._token(token_id)])
+
+    def bpe(self, token: str) -> str:
+        """Shows how a piece is merged: its tokens, joined by spaces.
+
+        Args:
+            token: a piece in the form of ``bytes_to_unicode``, such as ``Ġcapes``, which gives ``Ġcap es``.
+
+        Raises:
+            ValueError: when a character of ``token`` does not stand for a byte.
+        """
+        if foreign := set(token) - self.byte_decoder.keys():
+            raise ValueError(f"token has {min(foreign)!r}, which stands for no byte; write it with bytes_to_unicode()")
+        return " ".join(_merge(list(token), self.bpe_ranks))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        seen = self.cache.get
+        for chunk in CHUNK.findall(text):
+            ids += seen(chunk) or self._encode_chunk(chunk)
+        return ids
+
+    def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
+        # Pieces and chunks share the cache: a piece taken for a text of its own is one piece again.
+        ids: list[int] = []
+        for piece in self.pat.findall(chunk):
+            ids += self.cache.get(piece) or self._encode_piece(piece)
+        return self._remember(chunk, tuple(ids))
+
+    def _encode_piece(self, piece: str) -> tuple[int, ...]:
+        symbols = [self.byte_encoder[byte] for byte in piece.encode("utf-8")]
+        return self._remember(piece, tuple([self.encoder[symbol] for symbol in _merge(symbols, self.bpe_ranks)]))
+
+    def _remember(self, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        # Needs no lock: all that threads can do to each other is drop entries, or pass the limit by a few.
+        if len(text) + len(ids) <= MAX_CACHED_LENGTH:
+            if len(self.cache) >= MAX_CACHE_ENTRIES:
+                self.cache.clear()
+            self.cache[text] = ids
+        return ids
+
+    def _token(self, token_id: SupportsIndex) -> str:
+        try:
+            return self.decoder[operator.index(token_id)]
+        except TypeError:
+            raise TypeError(f"ids has a {type(token_id).__name__}, not an integer; decode one row at a time") from None
+        except KeyError:
+            known = f"the ids of the {len(self)} tokens run from {min(self.decoder)} to {max(self.decoder)}"
+            raise ValueError(f"ids has {token_id}, which the vocabulary lacks; {known}") from None
+
+    def _check(self) -> None:
+        if missing := [symbol for symbol in self.byte_decoder if symbol not in self.encoder]:
+            raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is {missing[0]!r}")
+        if len(self.decoder) < len(self.encoder):
+            twice = next(token for token, token_id in self.encoder.items() if self.decoder[token_id] != token)
+            raise ValueError(f"the tokens {twice!r} and {self.decoder[self.encoder[twice]]!r} have the same id")
+        if foreign := set().union(*self.encoder) - self.byte_decoder.keys():
+            raise ValueError(f"the vocabulary has a token with {min(foreign)!r}, which stands for no byte")
+        for left, right in self.bpe_ranks:
+            if not left or not right or left + right not in self.encoder:
+                raise ValueError(f"merging {left!r} and {right!r} gives a token that the vocabulary lacks")
+
+    def _check_complete(self) -> None:
+        # A special token is one that PATTERN cuts up. Any other comes from a merge, or else vocab.bpe was cut short.
+        made = {left + right for left, right in self.bpe_ranks} | self.byte_decoder.keys()
+        for token in self.encoder.keys() - made:
+            if self.pat.fullmatch(self.decode([self.encoder[token]])):
+                raise ValueError(f"no merge makes the token {token!r}")
+
+
+def get_encoder(model_name: str, models_dir: str | Path) -> Encoder:
+    """Reads the vocabulary in ``{models_dir}/{model_name}``; raises what ``Encoder.from_files`` does."""
+    return Encoder.from_files(resolve_checkpoint(model_name, models_dir, needed=VOCABULARY_FILES))
+
+
+def _merge(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:
+    """Merges neighbours: each round takes the pair of lowest rank and merges it wherever it stands, left to right.
+
+    A linked list over ``symbols`` and the places of each rank: the work grows with the number of merges done, not
+    with its square. A round ends before any pair that it made is looked at, so the ranks may come in any order.
+
+    Args:
+        symbols: of one piece, (n,); is used up.
+        ranks: of the pairs that may merge, all different.
+    """
+    rank_at = [*map(ranks.get, pairwise(symbols)), None]  # Of the pair that begins at each place.
+    before, after = list(range(-1, len(symbols))), [*range(1, len(symbols) + 1), -1]
+    symbols.append("")  # Merges with nothing; stands behind the last symbol and, as index -1, before the first.
+    places: dict[int, list[int]] = {}
+    for place, rank in enumerate(rank_at):
+        if rank is not None:
+            places.setdefault(rank, []).append(place)
+    waiting = sorted(places)  # A sorted list is a heap.
+    while waiting:
+        rank = heapq.heappop(waiting)
+        # In order, as "aaa" needs: all copies of a symbol come to be in one round, and that goes from left to right.
+        for left in places.pop(rank):
+            if rank_at[left] != rank:
+                continue  # An earlier merge took one of the two, as in the middle of "aaa".
+            right = after[left]
+            symbols[left], symbols[right] = symbols[left] + symbols[right], ""
+            after[left], rank_at[right] = after[right], None
+            before[after[left]] = left
+            for place in (before[left], left):
+                made = rank_at[place] = ranks.get((symbols[place], symbols[after[place]]))
+                if made is not None:
+                    if made not in places:
+                        heapq.heappush(waiting, made)
+                    places.setdefault(made, []).append(place)
+    return [symbol for symbol in symbols if symbol]
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    try:
+        vocabulary = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; {REMEDY}") from error
+    if not isinstance(vocabulary, dict) or any(type(token_id) is not int for token_id in vocabulary.values()):
+        raise CheckpointError(f"{path} is not a vocabulary, an object whose values are integers; {REMEDY}")
+    return vocabulary
+
+
+def _read_merges(path: Path) -> list[Pair]:
+    header, *lines = _read_text(path).rstrip("\n").split("\n")
+    if not header.startswith("#version"):
+        raise CheckpointError(f"{path} is not a list of merges, it starts with {header[:40]!r}; {REMEDY}")
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    for left, right in merges:
+        if not left or not right or " " in right:
+            raise CheckpointError(f"{path} has {f'{left} {right}'[:40]!r} where a pair of tokens must be; {REMEDY}")
+    return merges
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; {REMEDY}") from error
