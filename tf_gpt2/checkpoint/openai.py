@@ -33,7 +33,7 @@ def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1, *shape) if path.endswith("/w") else shape
 
 
-def iter_variables(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str, np.ndarray]]:
+def iter_variables(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str, tf.Tensor]]:
     """Reads a checkpoint one variable at a time.
 
     Args:
@@ -41,7 +41,8 @@ def iter_variables(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str
         config: the hyperparameters that the variables must fit.
 
     Yields:
-        ``(path in the tree, float32 array in the tree's shape)``, each variable once.
+        ``(path in the tree, float32 tensor in the tree's shape)``, each variable once. Tensors, because a variable
+        takes one over without a copy.
 
     Raises:
         CheckpointError: before the first variable when the checkpoint cannot be opened or its variables are not
@@ -54,7 +55,11 @@ def iter_variables(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str
         check_variables(reader, shapes, prefix)
         for path, shape in shapes.items():
             # reshape, not squeeze: it takes off the convolution's axis and no true axis of size 1
-            yield path, reader.get_tensor(variable_name(path)).reshape(shape)
+            name = variable_name(path)
+            (tensor,) = tf.raw_ops.RestoreV2(
+                prefix=prefix, tensor_names=[name], shape_and_slices=[""], dtypes=[tf.float32]
+            )
+            yield path, tf.reshape(tensor, shape)
     except (tf.errors.OpError, RuntimeError, ValueError, IndexError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
@@ -119,7 +124,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str | Path, hparams: Mapping[str
         ValueError: when ``hparams`` does not describe a GPT-2.
     """
     config = GPT2Config.from_hparams(hparams)
-    arrays = dict(iter_variables(tf_ckpt_path, config))
+    arrays = {path: tensor.numpy() for path, tensor in iter_variables(tf_ckpt_path, config)}
     return map_leaves(lambda path, _: arrays[path], param_shapes(config))
 
 

@@ -18,7 +18,7 @@ from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.model.layers import Block, LayerCache, LayerNorm
-from tf_gpt2.model.param_tree import Leaf, ParamTree
+from tf_gpt2.model.param_tree import Leaf, ParamTree, blank_weights, normal
 from tf_gpt2.model.products import product
 
 
@@ -61,12 +61,8 @@ class GPT2Model(ParamTree, keras.Model):
     def build(self, input_shape: Any) -> None:
         """Creates all weights; their shapes follow from the config alone."""
         config = self.config
-        self.wte = self.add_weight(
-            shape=(config.n_vocab, config.n_embd), initializer=keras.initializers.RandomNormal(stddev=0.02), name="wte"
-        )
-        self.wpe = self.add_weight(
-            shape=(config.n_ctx, config.n_embd), initializer=keras.initializers.RandomNormal(stddev=0.01), name="wpe"
-        )
+        self.wte = self.add_weight(shape=(config.n_vocab, config.n_embd), initializer=normal(0.02), name="wte")
+        self.wpe = self.add_weight(shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), name="wpe")
         for layer in (*self.blocks, self.ln_f):
             layer.build((None, None, config.n_embd))
 
@@ -82,7 +78,8 @@ class GPT2Model(ParamTree, keras.Model):
             CheckpointError: when the folder is not a complete GPT-2 checkpoint.
         """
         config = GPT2Config.from_file(Path(folder) / "hparams.json")
-        model = cls(config, **kwargs)
+        with blank_weights():
+            model = cls(config, **kwargs)
         targets = dict(leaves(model.leaf_tree()))
         for path, array in iter_variables(folder, config):
             targets[path].write(array)

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree
 from tf_gpt2.config import LAYER_NORM_EPS
-from tf_gpt2.model.param_tree import Leaf, ParamTree
+from tf_gpt2.model.param_tree import Leaf, ParamTree, normal
 from tf_gpt2.model.products import gelu, normalize, product
 
 INIT_STDDEV = 0.02
@@ -53,8 +53,7 @@ class Linear(ParamTree, keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         """Creates ``w`` and ``b``."""
-        normal = keras.initializers.RandomNormal(stddev=INIT_STDDEV)
-        self.w = self.add_weight(shape=(self.n_out, self.n_in), initializer=normal, name="w")
+        self.w = self.add_weight(shape=(self.n_out, self.n_in), initializer=normal(INIT_STDDEV), name="w")
         self.b = self.add_weight(shape=(self.n_out,), initializer="zeros", name="b")
 
     def leaf_tree(self) -> Tree:

@@ -6,14 +6,39 @@ computes.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
+
+
+_draws = contextvars.ContextVar("draws", default=True)
+
+
+@contextlib.contextmanager
+def blank_weights() -> Iterator[None]:
+    """Leaves the weights of new layers undefined, for those about to be set: memory not written to costs nothing."""
+    token = _draws.set(False)
+    try:
+        yield
+    finally:
+        _draws.reset(token)
+
+
+def normal(stddev: float) -> Callable[..., tf.Tensor]:
+    """Gives the initializer of a fresh weight."""
+    return keras.initializers.RandomNormal(stddev=stddev) if _draws.get() else _undefined
+
+
+def _undefined(shape: Sequence[int], dtype: Any = None, **_: Any) -> tf.Tensor:
+    return tf.raw_ops.Empty(shape=shape, dtype=keras.backend.standardize_dtype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +64,9 @@ class Leaf:
         array = np.asarray(self.variable.value)
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
-    def write(self, array: np.ndarray) -> None:
-        """Assigns an array that is in the tree's orientation."""
-        self.variable.assign(np.ascontiguousarray(array.T) if self.transposed else array)
+    def write(self, array: np.ndarray | tf.Tensor) -> None:
+        """Assigns an array that is in the tree's orientation; a tensor of the same dtype is taken without a copy."""
+        self.variable.assign(tf.transpose(array) if self.transposed else array)
 
 
 class ParamTree:

@@ -1,0 +1,63 @@
+"""The package as a whole: its public names, its wheel, its size."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tf_gpt2
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", tf_gpt2.__all__)
+def test_public_names_exist_and_are_documented(name):
+    assert getattr(tf_gpt2, name).__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="GPT3Model"):
+        tf_gpt2.GPT3Model  # noqa: B018
+
+
+def test_import_is_light():
+    program = "import sys, tf_gpt2; tf_gpt2.Encoder; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_files_are_short():
+    for path in ROOT.glob("tf_gpt2/**/*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 310, path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", folder, ROOT]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_package_and_checkpoint_and_no_more(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("tf_gpt2/**/*.py")}
+    assert sources <= set(names)
+    assert {f"tf_gpt2/{path.relative_to(ROOT)}" for path in (ROOT / "checkpoints" / "tiny").iterdir()} <= set(names)
+    assert "tf_gpt2/py.typed" in names
+    assert all(name.startswith(("tf_gpt2/", "tf_gpt2-")) for name in names)
+
+
+def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import tf_gpt2.cli, tf_gpt2.checkpoint.download as d\n"
+        "assert str(d.embedded_dir()).startswith(sys.path[0]), d.embedded_dir()\n"
+        "sys.exit(tf_gpt2.cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "site", "generate", "To be", "--model_size", "tiny"]
+    result = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) > 20
