@@ -1,0 +1,81 @@
+"""Renews what the documents quote: help texts and tables of measurements. ``--check`` only says what is out of date."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+COMMAND_LINE = """# Command line
+
+`-` and `_` are the same in the names of options. Exit codes: 0, 1 for a failure (one line on standard error; `--debug`
+shows the stack), 2 for wrong usage, 130 after Ctrl-C. `python -m tf_gpt2` is the same program.
+"""
+
+
+def main() -> int:
+    """Renews the documents; with ``--check`` gives 1 if one is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if something is out of date")
+    check = parser.parse_args().check
+    stale = [path for path, text in renewed().items() if path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} is out of date" if check else f"renewed {path.relative_to(ROOT)}")
+        if not check:
+            path.write_text(renewed()[path], encoding="utf-8")
+    return int(check and bool(stale))
+
+
+def renewed() -> dict[Path, str]:
+    """Gives each document's text as it should be."""
+    sections = {"generation": generation_table(), "tokenizer": tokenizer_table()}
+    documents = {path: fill(path, sections) for path in (ROOT / "README.md", ROOT / "docs" / "performance.md")}
+    return {**documents, ROOT / "docs" / "command_line.md": command_line()}
+
+
+def fill(path: Path, sections: dict[str, str]) -> str:
+    """Puts each section between its marks."""
+    text = path.read_text(encoding="utf-8")
+    for name, section in sections.items():
+        marks = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        text = re.sub(
+            f"{marks[0]}.*?{marks[1]}", lambda _, s=section, m=marks: f"{m[0]}\n{s}\n{m[1]}", text, flags=re.S
+        )
+    return text
+
+
+def command_line() -> str:
+    """Gives the help text of each command."""
+    os.environ["COLUMNS"] = "100"
+    from tf_gpt2.cli import make_parser
+
+    parser = make_parser()
+    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    parts = [f"## {name}\n\n```text\n{command.format_help().rstrip()}\n```\n" for name, command in commands.items()]
+    return "\n".join([COMMAND_LINE, *parts])
+
+
+def load(name: str) -> dict | None:
+    """Reads one result; ``None`` if it has not been measured."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def generation_table() -> str:
+    """Gives the table of decode and prefill speeds, with machine and date."""
+    raise NotImplementedError
+
+
+def tokenizer_table() -> str:
+    """Gives the table of encoding speeds, with machine and date."""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main())
