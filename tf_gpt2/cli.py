@@ -100,7 +100,7 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument(
         "--num_samples", type=positive, default=1, metavar="N", help="texts to print, with seeds S, S+1, …"
     )
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the weights")
     return command
 
 

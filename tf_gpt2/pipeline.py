@@ -18,7 +18,8 @@ from tf_gpt2.generation.generate import generate
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.tokenizer.encoder import Encoder
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
+"""What each name means for ``GPT2Model``."""
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str | Path) -> tuple[Encoder, dict[str, Any], Tree]:
@@ -76,7 +77,8 @@ class TextGenerator:
 
         Args:
             folder: such as ``"checkpoints/tiny"``.
-            dtype: of the weights and of the arithmetic, ``"float32"`` or ``"bfloat16"``.
+            dtype: of the weights and of the arithmetic, ``"float32"`` or ``"bfloat16"``; ``"int8"`` keeps the
+                matrices as 8-bit integers and computes in float32.
 
         Raises:
             CheckpointError: when a file is missing or damaged.
@@ -91,7 +93,7 @@ class TextGenerator:
             )
         encoder = Encoder.from_files(folder)
         try:
-            return cls(GPT2Model.from_checkpoint(folder, dtype=dtype), encoder)
+            return cls(GPT2Model.from_checkpoint(folder, **DTYPES[dtype]), encoder)
         except ValueError as error:
             raise CheckpointError(f"the files in {folder} do not fit each other: {error}") from error
 

@@ -18,7 +18,7 @@ from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.model.layers import Block, LayerCache, LayerNorm
-from tf_gpt2.model.param_tree import Leaf, ParamTree, blank_weights, normal
+from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, blank_weights, normal, value_of
 from tf_gpt2.model.products import product
 
 
@@ -29,6 +29,8 @@ class GPT2Model(ParamTree, keras.Model):
     Args:
         config: the hyperparameters.
         dropout: rate after the embeddings and inside the blocks, active in training only; 0.1 in the paper.
+        quantization: ``"int8"`` keeps the matrices as 8-bit integers with a scale per output, for inference only;
+            ``set_weights`` then rounds what it is given, and ``get_params`` gives the rounded values.
         dtype: a Keras dtype policy: ``"float32"``, ``"bfloat16"``, ``"mixed_bfloat16"``. Layer norm, softmax and
             logits are float32 in each.
 
@@ -46,13 +48,15 @@ class GPT2Model(ParamTree, keras.Model):
         TensorShape([1, 3, 300])
     """
 
-    def __init__(self, config: GPT2Config, dropout: float = 0.0, **kwargs: Any):
+    def __init__(self, config: GPT2Config, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         self.config = config
         self.dropout = dropout
+        self.quantization = quantization
         c = config.n_embd
         self.blocks = [
-            Block(c, config.n_head, dropout, dtype=self.dtype_policy, name=f"h{i}") for i in range(config.n_layer)
+            Block(c, config.n_head, dropout, quantization, dtype=self.dtype_policy, name=f"h{i}")
+            for i in range(config.n_layer)
         ]
         self.ln_f = LayerNorm(c, dtype=self.dtype_policy, name="ln_f")
         self.embd_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
@@ -61,7 +65,8 @@ class GPT2Model(ParamTree, keras.Model):
     def build(self, input_shape: Any) -> None:
         """Creates all weights; their shapes follow from the config alone."""
         config = self.config
-        self.wte = self.add_weight(shape=(config.n_vocab, config.n_embd), initializer=normal(0.02), name="wte")
+        shape = (config.n_vocab, config.n_embd)
+        self.wte, self.wte_scale = add_matrix(self, "wte", shape, stddev=0.02, quantization=self.quantization)
         self.wpe = self.add_weight(shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), name="wpe")
         for layer in (*self.blocks, self.ln_f):
             layer.build((None, None, config.n_embd))
@@ -91,7 +96,7 @@ class GPT2Model(ParamTree, keras.Model):
             "blocks": [block.leaf_tree() for block in self.blocks],
             "ln_f": self.ln_f.leaf_tree(),
             "wpe": Leaf(self.wpe),
-            "wte": Leaf(self.wte),
+            "wte": Leaf(self.wte, scale=self.wte_scale),
         }
 
     def call(self, ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
@@ -121,15 +126,22 @@ class GPT2Model(ParamTree, keras.Model):
         if positions is None:
             positions = tf.range(tf.shape(ids)[1])[None]  # (1, T)
         # gather, not a slice: a slice would compile anew for each position
-        x = tf.gather(self.wte.value, ids) + tf.gather(self.wpe.value, positions)  # (B, T, C)
-        x = self.embd_dropout(tf.cast(x, self.compute_dtype), training=training)
+        x = self.token_embeddings(ids) + tf.cast(tf.gather(self.wpe.value, positions), self.compute_dtype)  # (B, T, C)
+        x = self.embd_dropout(x, training=training)
         for i, block in enumerate(self.blocks):
             x = block(x, cache=None if cache is None else cache[i], training=training)
         return self.ln_f(x)
 
+    def token_embeddings(self, ids: tf.Tensor) -> tf.Tensor:
+        """Looks up rows of ``wte``: integers (B, T) -> (B, T, C) in the compute dtype."""
+        rows = tf.gather(self.wte.value, ids)  # (B, T, C)
+        if self.wte_scale is not None:
+            rows = tf.cast(rows, tf.float32) * tf.gather(self.wte_scale.value, ids)[..., None]
+        return tf.cast(rows, self.compute_dtype)
+
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Multiplies by the token embedding: floats (..., C) -> float32 (..., V)."""
-        return tf.cast(product(hidden, tf.cast(self.wte, hidden.dtype)), tf.float32)
+        return tf.cast(product(hidden, self.wte.value, value_of(self.wte_scale)), tf.float32)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Appends the vocabulary."""
@@ -137,7 +149,8 @@ class GPT2Model(ParamTree, keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         """Gives the constructor's arguments, the config as a plain dict."""
-        return {**super().get_config(), "config": self.config.to_hparams(), "dropout": self.dropout}
+        own = {"config": self.config.to_hparams(), "dropout": self.dropout, "quantization": self.quantization}
+        return {**super().get_config(), **own}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPT2Model:

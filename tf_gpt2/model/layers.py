@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree
 from tf_gpt2.config import LAYER_NORM_EPS
-from tf_gpt2.model.param_tree import Leaf, ParamTree, normal
+from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, value_of
 from tf_gpt2.model.products import gelu, normalize, product
 
 INIT_STDDEV = 0.02
@@ -41,29 +41,32 @@ class Linear(ParamTree, keras.layers.Layer):
     Args:
         n_in: width of the input.
         n_out: width of the output.
+        quantization: ``"int8"`` keeps ``w`` as 8-bit integers, for inference only.
 
     Call arguments:
         x: floats (..., n_in) -> (..., n_out).
     """
 
-    def __init__(self, n_in: int, n_out: int, **kwargs: Any):
+    def __init__(self, n_in: int, n_out: int, quantization: str | None = None, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         self.n_in = n_in
         self.n_out = n_out
+        self.quantization = quantization
 
     def build(self, input_shape: Any) -> None:
         """Creates ``w`` and ``b``."""
-        self.w = self.add_weight(shape=(self.n_out, self.n_in), initializer=normal(INIT_STDDEV), name="w")
+        shape = (self.n_out, self.n_in)
+        self.w, self.w_scale = add_matrix(self, "w", shape, stddev=INIT_STDDEV, quantization=self.quantization)
         self.b = self.add_weight(shape=(self.n_out,), initializer="zeros", name="b")
 
     def leaf_tree(self) -> Tree:
         """Gives ``{"b", "w"}``."""
-        return {"b": Leaf(self.b), "w": Leaf(self.w, transposed=True)}
+        return {"b": Leaf(self.b), "w": Leaf(self.w, transposed=True, scale=self.w_scale)}
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Computes ``x @ w + b`` in the layer's compute dtype."""
         x = tf.cast(x, self.compute_dtype)
-        return product(x, tf.cast(self.w, x.dtype)) + tf.cast(self.b, x.dtype)
+        return product(x, self.w.value, value_of(self.w_scale)) + tf.cast(self.b, x.dtype)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Replaces the last axis."""
@@ -71,7 +74,7 @@ class Linear(ParamTree, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Gives the constructor's arguments."""
-        return {**super().get_config(), "n_in": self.n_in, "n_out": self.n_out}
+        return {**super().get_config(), "n_in": self.n_in, "n_out": self.n_out, "quantization": self.quantization}
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
@@ -120,21 +123,23 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         n_embd: width, C.
         n_head: heads, H; must divide ``n_embd``.
         dropout: rate on attention weights and on the output, active in training only.
+        quantization: as in ``Linear``.
 
     Call arguments:
         x: floats (B, T, C) -> (B, T, C).
         cache: ``LayerCache`` of earlier keys and values; ``None`` attends within ``x``.
     """
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, **kwargs: Any):
+    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         if n_embd % n_head:
             raise ValueError(f"n_head must divide n_embd, got n_head={n_head} and n_embd={n_embd}")
         self.n_embd = n_embd
         self.n_head = n_head
         self.dropout = dropout
-        self.c_attn = Linear(n_embd, 3 * n_embd, dtype=self.dtype_policy, name="c_attn")
-        self.c_proj = Linear(n_embd, n_embd, dtype=self.dtype_policy, name="c_proj")
+        self.quantization = quantization
+        self.c_attn = Linear(n_embd, 3 * n_embd, quantization, dtype=self.dtype_policy, name="c_attn")
+        self.c_proj = Linear(n_embd, n_embd, quantization, dtype=self.dtype_policy, name="c_proj")
         self.attn_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
         self.resid_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
 
@@ -183,7 +188,8 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Gives the constructor's arguments."""
-        return {**super().get_config(), "n_embd": self.n_embd, "n_head": self.n_head, "dropout": self.dropout}
+        own = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
+        return {**super().get_config(), **own}
 
 
 def causal_mask(n_positions: tf.Tensor) -> tf.Tensor:
@@ -199,17 +205,19 @@ class MLP(ParamTree, keras.layers.Layer):
     Args:
         n_embd: width, C.
         dropout: rate on the output, active in training only.
+        quantization: as in ``Linear``.
 
     Call arguments:
         x: floats (B, T, C) -> (B, T, C).
     """
 
-    def __init__(self, n_embd: int, dropout: float = 0.0, **kwargs: Any):
+    def __init__(self, n_embd: int, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         self.n_embd = n_embd
         self.dropout = dropout
-        self.c_fc = Linear(n_embd, 4 * n_embd, dtype=self.dtype_policy, name="c_fc")
-        self.c_proj = Linear(4 * n_embd, n_embd, dtype=self.dtype_policy, name="c_proj")
+        self.quantization = quantization
+        self.c_fc = Linear(n_embd, 4 * n_embd, quantization, dtype=self.dtype_policy, name="c_fc")
+        self.c_proj = Linear(4 * n_embd, n_embd, quantization, dtype=self.dtype_policy, name="c_proj")
         self.resid_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any) -> None:
@@ -231,7 +239,8 @@ class MLP(ParamTree, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Gives the constructor's arguments."""
-        return {**super().get_config(), "n_embd": self.n_embd, "dropout": self.dropout}
+        own = {name: getattr(self, name) for name in ("n_embd", "dropout", "quantization")}
+        return {**super().get_config(), **own}
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
@@ -242,21 +251,23 @@ class Block(ParamTree, keras.layers.Layer):
         n_embd: width, C.
         n_head: heads, H; must divide ``n_embd``.
         dropout: rate inside attention and MLP, active in training only.
+        quantization: as in ``Linear``.
 
     Call arguments:
         x: floats (B, T, C) -> (B, T, C).
         cache: as in ``CausalSelfAttention``.
     """
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, **kwargs: Any):
+    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         self.n_embd = n_embd
         self.n_head = n_head
         self.dropout = dropout
+        self.quantization = quantization
         self.ln_1 = LayerNorm(n_embd, dtype=self.dtype_policy, name="ln_1")
-        self.attn = CausalSelfAttention(n_embd, n_head, dropout, dtype=self.dtype_policy, name="attn")
+        self.attn = CausalSelfAttention(n_embd, n_head, dropout, quantization, dtype=self.dtype_policy, name="attn")
         self.ln_2 = LayerNorm(n_embd, dtype=self.dtype_policy, name="ln_2")
-        self.mlp = MLP(n_embd, dropout, dtype=self.dtype_policy, name="mlp")
+        self.mlp = MLP(n_embd, dropout, quantization, dtype=self.dtype_policy, name="mlp")
 
     def build(self, input_shape: Any) -> None:
         """Builds the four parts."""
@@ -279,4 +290,5 @@ class Block(ParamTree, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Gives the constructor's arguments."""
-        return {**super().get_config(), "n_embd": self.n_embd, "n_head": self.n_head, "dropout": self.dropout}
+        own = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
+        return {**super().get_config(), **own}

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
-
+from tf_gpt2.model.quantization import dequantize, quantize
 
 _draws = contextvars.ContextVar("draws", default=True)
 
@@ -37,6 +37,31 @@ def normal(stddev: float) -> Callable[..., tf.Tensor]:
     return keras.initializers.RandomNormal(stddev=stddev) if _draws.get() else _undefined
 
 
+def add_matrix(
+    layer: keras.Layer, name: str, shape: tuple[int, int], *, stddev: float, quantization: str | None
+) -> tuple[keras.Variable, keras.Variable | None]:
+    """Adds a matrix (n_out, n_in) to a layer.
+
+    Returns:
+        The matrix; and its scales, (n_out,), when it is quantized. Quantized ones are not trained, and start from
+        zeros.
+    """
+    if quantization is None:
+        return layer.add_weight(shape=shape, initializer=normal(stddev), name=name), None
+    if quantization != "int8":
+        raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")
+    matrix = layer.add_weight(shape=shape, initializer="zeros", dtype="int8", trainable=False, name=name)
+    scale = layer.add_weight(
+        shape=shape[:1], initializer="ones", dtype="float32", trainable=False, name=f"{name}_scale"
+    )
+    return matrix, scale
+
+
+def value_of(variable: keras.Variable | None) -> tf.Tensor | None:
+    """Gives a variable's tensor, or ``None`` for none."""
+    return None if variable is None else variable.value
+
+
 def _undefined(shape: Sequence[int], dtype: Any = None, **_: Any) -> tf.Tensor:
     return tf.raw_ops.Empty(shape=shape, dtype=keras.backend.standardize_dtype(dtype))
 
@@ -48,10 +73,12 @@ class Leaf:
     Attributes:
         variable: the Keras variable.
         transposed: whether the variable holds the transpose of the tree's array.
+        scale: the scales of a quantized variable, (n_out,).
     """
 
     variable: keras.Variable
     transposed: bool = False
+    scale: keras.Variable | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,13 +87,18 @@ class Leaf:
         return shape[::-1] if self.transposed else shape
 
     def read(self) -> np.ndarray:
-        """Copies the variable out, in the tree's orientation."""
-        array = np.asarray(self.variable.value)
+        """Copies the variable out, in the tree's orientation; a quantized one as float32."""
+        value = self.variable.value
+        array = np.asarray(value if self.scale is None else dequantize(value, self.scale.value))
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
     def write(self, array: np.ndarray | tf.Tensor) -> None:
         """Assigns an array that is in the tree's orientation; a tensor of the same dtype is taken without a copy."""
-        self.variable.assign(tf.transpose(array) if self.transposed else array)
+        value = tf.transpose(array) if self.transposed else array
+        if self.scale is not None:
+            value, scale = quantize(value)
+            self.scale.assign(scale)
+        self.variable.assign(value)
 
 
 class ParamTree:

@@ -12,24 +12,46 @@ import math
 import tensorflow as tf
 
 
-def product(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Tensor:
     """Multiplies by a transposed weight: ``x @ w.T``.
 
     Args:
         x: floats (..., n_in).
-        w: floats (n_out, n_in), of the same dtype.
+        w: floats (n_out, n_in), cast to the dtype of ``x``; or int8, with a scale.
+        scale: float32 (n_out,), what each row of an int8 weight is to be multiplied by.
 
     Returns:
-        Floats (..., n_out).
+        Floats (..., n_out), of the dtype of ``x``.
     """
     n_out, n_in = w.shape
     rows = tf.reshape(x, (-1, n_in))
-    if rows.shape[0] == 1:
-        # XLA runs a one-row product on one core; two halves run side by side.
-        y = tf.concat([tf.matmul(rows, half, transpose_b=True) for half in (w[: n_out // 2], w[n_out // 2 :])], axis=-1)
-    else:
-        y = tf.matmul(rows, w, transpose_b=True)
+    y = one_row_product(rows, w) if rows.shape[0] == 1 else tf.matmul(rows, tf.cast(w, x.dtype), transpose_b=True)
+    y = y if scale is None else y * tf.cast(scale, x.dtype)
     return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [n_out]], axis=0))
+
+
+def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+    """Multiplies one row, (1, n_in), in float32, and reads each weight once and as it is stored."""
+    x = tf.cast(row, tf.float32)
+    if w.dtype != tf.float32:
+        return tf.cast(tf.matmul(x, cast_in_loop(w, x), transpose_b=True), row.dtype)
+    # XLA runs a one-row product on one core; two halves run side by side.
+    half = w.shape[0] // 2
+    y = tf.concat([tf.matmul(x, part, transpose_b=True) for part in (w[:half], w[half:])], axis=-1)
+    return tf.cast(y, row.dtype)
+
+
+def cast_in_loop(w: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """Casts a weight to float32 such that XLA fuses the cast into the product with ``x``.
+
+    A cast that depends on nothing in a loop is moved out of it: a float copy of all weights, and more bytes to read. So
+    it is made to depend on ``x``, by an exclusive or with a zero that XLA does not know to be one.
+    """
+    zero = tf.minimum(tf.abs(tf.reshape(x, [-1])[0]), 0.0)
+    if w.dtype == tf.int8:
+        return tf.cast(tf.bitwise.bitwise_xor(w, tf.cast(zero, tf.int8)), tf.float32)
+    bits = tf.bitwise.bitwise_xor(tf.bitcast(w, tf.uint16), tf.cast(zero, tf.uint16))
+    return tf.cast(tf.bitcast(bits, w.dtype), tf.float32)
 
 
 def normalize(x: tf.Tensor, g: tf.Tensor, b: tf.Tensor, *, eps: float) -> tf.Tensor:
