@@ -44,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"tf-gpt2: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILURE
+    except Exception as error:  # not foreseen, so not in our own words
+        if options.debug:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(f"tf-gpt2: {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+        return FAILURE
     return 0
 
 
@@ -173,7 +179,7 @@ def run_generate(options: argparse.Namespace) -> None:
     from tf_gpt2.checkpoint.download import resolve_checkpoint
 
     folder = resolve_checkpoint(options.model_size, options.models_dir)
-    with quiet_tensorflow():
+    with quiet_tensorflow(show_on_error=options.debug):
         from tf_gpt2.pipeline import TextGenerator
 
         generator = TextGenerator.from_checkpoint(folder, dtype=options.dtype)
@@ -242,8 +248,8 @@ def write(text: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet_tensorflow() -> Iterator[None]:
-    """Keeps TensorFlow's start-up notes from the terminal; shows them when something fails.
+def quiet_tensorflow(*, show_on_error: bool) -> Iterator[None]:
+    """Keeps TensorFlow's start-up notes from the terminal; may show them when something fails.
 
     They are written by C++ straight to file descriptor 2, and not all heed ``TF_CPP_MIN_LOG_LEVEL``.
     """
@@ -254,11 +260,10 @@ def quiet_tensorflow() -> Iterator[None]:
         os.dup2(notes.fileno(), 2)
         try:
             yield
-        except (GPT2Error, ValueError, TypeError, KeyboardInterrupt):
-            raise  # said in our own words
-        except BaseException:
-            notes.seek(0)
-            os.write(terminal, notes.read())
+        except Exception:
+            if show_on_error:
+                notes.seek(0)
+                os.write(terminal, notes.read())
             raise
         finally:
             sys.stderr.flush()

@@ -1,1 +1,6 @@
 """Token ids -> logits: the Keras layers and the model. Knows nothing of text."""
+
+from tf_gpt2 import compile_cache
+
+# here, because it must come before TensorFlow's first operation
+compile_cache.enable()
