@@ -16,6 +16,7 @@ import tensorflow as tf
 from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer
 from tf_gpt2.generation.sampling import Sampling, choose
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.products import compiled_loop
 
 SMALLEST_BUCKET = 16
 
@@ -143,8 +144,9 @@ class CompiledLoop:
     """
 
     def __init__(self, model: GPT2Model, *, jit_compile: bool):
+        decode_loop = compiled_loop()(decode) if jit_compile else decode
         self.prefill = tf.function(bind_weakly(prefill, model), jit_compile=jit_compile, autograph=False)
-        self.decode = tf.function(bind_weakly(decode, model), jit_compile=jit_compile, autograph=False)
+        self.decode = tf.function(bind_weakly(decode_loop, model), jit_compile=jit_compile, autograph=False)
 
     @property
     def n_traces(self) -> int:

@@ -7,9 +7,24 @@ one. So each vector that feeds a product here ends in a true division. The value
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import tensorflow as tf
+
+_in_compiled_loop = contextvars.ContextVar("in_compiled_loop", default=False)
+
+
+@contextlib.contextmanager
+def compiled_loop() -> Iterator[None]:
+    """Says that what is traced inside is the body of a loop that XLA compiles, so that work can be moved out of it."""
+    token = _in_compiled_loop.set(True)
+    try:
+        yield
+    finally:
+        _in_compiled_loop.reset(token)
 
 
 def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Tensor:
@@ -25,7 +40,12 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
     """
     n_out, n_in = w.shape
     rows = tf.reshape(x, (-1, n_in))
-    y = one_row_product(rows, w) if rows.shape[0] == 1 else tf.matmul(rows, tf.cast(w, x.dtype), transpose_b=True)
+    if rows.shape[0] == 1:
+        y = one_row_product(rows, w)
+    elif _in_compiled_loop.get():
+        y = tf.matmul(rows, transposed_once(tf.cast(w, x.dtype)))
+    else:
+        y = tf.matmul(rows, tf.cast(w, x.dtype), transpose_b=True)
     y = y if scale is None else y * tf.cast(scale, x.dtype)
     return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [n_out]], axis=0))
 
@@ -39,6 +59,15 @@ def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
     half = w.shape[0] // 2
     y = tf.concat([tf.matmul(x, part, transpose_b=True) for part in (w[:half], w[half:])], axis=-1)
     return tf.cast(y, row.dtype)
+
+
+def transposed_once(w: tf.Tensor) -> tf.Tensor:
+    """Transposes a weight such that XLA does so before the loop: a product of a few rows is 1.5 times as fast then.
+
+    XLA would fold a bare transposition back into the product. So a minimum that changes nothing is put behind it; as it
+    depends on nothing in the loop, XLA moves both out. The price is a second copy of the weights during the loop.
+    """
+    return tf.minimum(tf.transpose(w), w.dtype.max)
 
 
 def cast_in_loop(w: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
