@@ -103,7 +103,7 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
     """
     try:
         hparams = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; delete it and download the checkpoint again") from error
     try:
         GPT2Config.from_hparams(hparams)

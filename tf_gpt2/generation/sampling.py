@@ -68,7 +68,9 @@ def first_largest(x: tf.Tensor) -> tf.Tensor:
 
 def filter_logits(logits: tf.Tensor, sampling: Sampling) -> tf.Tensor:
     """Applies temperature, then top-k, then top-p; what may not be drawn becomes -inf: float32 (B, V)."""
-    logits = logits / tf.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    # no logit overflows when divided by 1e-30, and a temperature below it draws as it does
+    temperature = tf.where(sampling.temperature > 0, tf.maximum(sampling.temperature, 1e-30), 1.0)
+    logits = logits / temperature[:, None]
     has_top_k, has_top_p = tf.reduce_any(sampling.top_k > 0), tf.reduce_any(sampling.top_p < 1)
     logits = tf.cond(has_top_k, lambda: keep_top_k(logits, sampling.top_k), lambda: logits)
     return tf.cond(has_top_p, lambda: keep_top_p(logits, sampling.top_p), lambda: logits)
@@ -92,12 +94,13 @@ def keep_top_p(logits: tf.Tensor, top_p: tf.Tensor) -> tf.Tensor:
     """
     probs = tf.nn.softmax(logits)  # (B, V)
     keys = sortable(logits)
+    p = tf.maximum(top_p, 1e-9)  # the likeliest token has more in any vocabulary; processors take 1e-40 for 0
 
     def mass(kept: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(tf.where(kept, probs, 0.0), axis=-1)  # (B,)
 
-    threshold = bisect(lambda t: mass(keys >= t[:, None]) >= top_p, top_p)
-    missing = top_p - mass(keys > threshold[:, None])
+    threshold = bisect(lambda t: mass(keys >= t[:, None]) >= p, p)
+    missing = p - mass(keys > threshold[:, None])
     each = tf.reduce_max(tf.where(keys == threshold[:, None], probs, 0.0), axis=-1)
     n_tied = tf.cast(tf.math.ceil(tf.minimum(missing / each, float(logits.shape[-1]))), tf.int32)
     return tf.where(top_p[:, None] < 1, keep_above(logits, keys, threshold, tf.maximum(n_tied, 1)), logits)

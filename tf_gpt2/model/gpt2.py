@@ -134,6 +134,7 @@ class GPT2Model(ParamTree, keras.Model):
 
     def token_embeddings(self, ids: tf.Tensor) -> tf.Tensor:
         """Looks up rows of ``wte``: integers (B, T) -> (B, T, C) in the compute dtype."""
+        ids = tf.cast(ids, tf.int32)
         rows = tf.gather(self.wte.value, ids)  # (B, T, C)
         if self.wte_scale is not None:
             rows = tf.cast(rows, tf.float32) * tf.gather(self.wte_scale.value, ids)[..., None]
