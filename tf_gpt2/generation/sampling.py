@@ -116,7 +116,7 @@ def keep_above(logits: tf.Tensor, keys: tf.Tensor, threshold: tf.Tensor, n_tied:
 
 def sortable(x: tf.Tensor) -> tf.Tensor:
     """Maps float32 to uint32 in the same order, so that a threshold can be found bit by bit."""
-    bits = tf.bitcast(x, tf.uint32)
+    bits = tf.bitcast(tf.where(x == 0, 0.0, x), tf.uint32)  # -0.0 equals 0.0 and has other bits
     sign = tf.constant(1 << 31, tf.uint32)
     return tf.where(bits >= sign, tf.bitwise.invert(bits), bits | sign)
 
