@@ -41,8 +41,8 @@ layers: .venv/test.stamp  ## which module may import which
 	$(BIN)/lint-imports
 
 bench: .venv/test.stamp .peers/huggingface/stamp  ## measure; results go to benchmarks/results
-	$(BIN)/python benchmarks/tokenizer.py
-	$(HUGE_PAGES) $(BIN)/python benchmarks/generation.py
+	$(BIN)/python -m benchmarks.tokenizer
+	$(BIN)/python -m benchmarks.generation
 
 docs: .venv/test.stamp  ## renew what the documents quote: tables, help texts
 	$(BIN)/python docs/renew.py

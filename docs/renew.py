@@ -8,6 +8,8 @@ import os
 import re
 import sys
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,20 +63,52 @@ def command_line() -> str:
     return "\n".join([COMMAND_LINE, *parts])
 
 
-def load(name: str) -> dict | None:
-    """Reads one result; ``None`` if it has not been measured."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def load(name: str) -> dict[str, Any]:
+    """Reads one result."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def generation_table() -> str:
     """Gives the table of decode and prefill speeds, with machine and date."""
-    raise NotImplementedError
+    result = load("generation")
+    settings, machine = result["settings"], result["machine"]
+    lines = [
+        "| | pages | decode, tokens/s | × Hugging Face | of the ceiling | prefill, tokens/s | compile, s | peak, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for pages, measured in result["pages"].items():
+        for name, peer in measured["peers"].items():
+            ratio = measured["ratio_to_huggingface"]["decode"] if name == "tf_gpt2" else 1.0
+            lines.append(
+                f"| {name} | {pages} | {median(peer['decode_tokens_per_s']):.1f} | {ratio:.2f} "
+                f"| {measured['share_of_ceiling'][name]:.0%} | {median(peer['prefill_tokens_per_s']):.0f} "
+                f"| {peer['compile_s']:.1f} | {peer['peak_bytes'] / 1e9:.2f} |"
+            )
+    lines.append(
+        f"\n{settings['size']} shapes, random float32 weights, batch {settings['batch']}, {settings['prompt']} prompt "
+        f"tokens and {settings['new']} new, {result['threads']} threads, medians of {settings['repetitions']}; "
+        f"{machine['cpu']}, {machine['n_cores']} cores, {result['date'][:10]}."
+    )
+    return "\n".join(lines)
 
 
 def tokenizer_table() -> str:
     """Gives the table of encoding speeds, with machine and date."""
-    raise NotImplementedError
+    result = load("tokenizer")
+    names = {"encoder_warm": "tf_gpt2, warm", "encoder_cold": "tf_gpt2, cold", "tiktoken": "tiktoken"}
+    rows = [
+        f"| {label} | {result['median_mb_per_s'][name]:.1f} | {result['ratio_to_tiktoken'].get(name, 1.0):.2f} |"
+        for name, label in names.items()
+    ]
+    return "\n".join(
+        [
+            "| one thread | MB/s | × tiktoken |",
+            "|---|---|---|",
+            *rows,
+            f"\n{result['text']['n_bytes'] / 1e6:.1f} MB of English ({result['text']['source']}); "
+            f"{result['machine']['cpu']}, {result['date'][:10]}.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def generate(
     sampling = make_sampling(len(rows), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     n_ctx = model.config.n_ctx
     lengths = np.array([len(row) for row in rows], np.int32)
-    limits = np.minimum(lengths.astype(np.int64) + max_new_tokens, n_ctx).astype(np.int32)
+    limits = np.minimum(lengths + min(max_new_tokens, n_ctx), n_ctx).astype(np.int32)
     state = run_loop(model, rows, sampling, make_limits(limits, stop_ids, model.config), jit_compile=jit_compile)
     return make_result(state, lengths, max_new_tokens)
 
