@@ -148,10 +148,12 @@ def save_gpt2_params_to_tf_ckpt(params: Tree, hparams: Mapping[str, Any], model_
     check_params(params, param_shapes(config))
     model_dir = Path(model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=model_dir.parent, prefix=f".{model_dir.name}.") as staging:
+    # inside the folder, which may be a file system of its own
+    with tempfile.TemporaryDirectory(dir=model_dir, prefix=".") as staging:
         write_checkpoint(params, Path(staging))
         (Path(staging) / "hparams.json").write_text(json.dumps(dict(hparams)), encoding="utf-8")
-        # 'checkpoint' names the others, so it goes last: until then the folder does not claim to hold a model
+        # 'checkpoint' names the others, so it goes first and comes last: until then the folder holds no model
+        (model_dir / "checkpoint").unlink(missing_ok=True)
         for file in sorted(Path(staging).iterdir(), key=lambda file: file.name == "checkpoint"):
             file.replace(model_dir / file.name)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +19,9 @@ from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.model.gpt2 import GPT2Model
 
 STOP_IDS_BUCKET = 8
+
+KINDS = {"int64": ("iu", "an integer"), "float32": ("iuf", "a number"), "object": ("O", "an integer")}
+"""For each dtype, the kinds of NumPy array that are taken for it, and what to call them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,9 @@ def generate(
         ([5, 5], ['length', 'length'])
     """
     rows = check_prompts(prompts, model.config)
-    if operator.index(max_new_tokens) < 0:
+    if not is_integer(max_new_tokens):
+        raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
+    if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     sampling = make_sampling(len(rows), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     n_ctx = model.config.n_ctx
@@ -111,11 +116,14 @@ def pad_rows(rows: list[np.ndarray], length: int) -> np.ndarray:
 
 def check_prompts(prompts: Sequence[Sequence[int]], config: GPT2Config) -> list[np.ndarray]:
     """Checks the prompts and gives them as arrays."""
-    if isinstance(prompts, str) or len(prompts) == 0:
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or len(prompts) == 0:
         raise ValueError(f"prompts must be a non-empty list of lists of ids, got {prompts!r}")
     rows = []
     for i, prompt in enumerate(prompts):
-        row = np.asarray(prompt)
+        try:
+            row = np.asarray(prompt)
+        except ValueError:  # ragged: a list of lists
+            row = np.empty((0, 0))
         if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
             raise TypeError(f"prompts[{i}] must be a list of integers, got {prompt!r}; wrap a single prompt as [ids]")
         if row.size == 0:
@@ -141,8 +149,7 @@ def make_sampling(
 ) -> Sampling:
     """Checks the settings and spreads each over the rows."""
     seeds = per_row("seed", seed, n_rows, object)
-    wrong = [value for value in seeds if isinstance(value, bool) or not hasattr(value, "__index__")]
-    if wrong or not all(0 <= value < 2**64 for value in seeds):
+    if not all(is_integer(value) and 0 <= value < 2**64 for value in seeds):
         raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
     temperatures = per_row("temperature", temperature, n_rows, np.float32)
     if not (np.isfinite(temperatures) & (temperatures >= 0)).all():
@@ -164,19 +171,28 @@ def make_sampling(
 
 def per_row(name: str, value: object, n_rows: int, dtype: type) -> np.ndarray:
     """Spreads a scalar over the rows, or checks that there is one value per row."""
+    kinds, what = KINDS[np.dtype(dtype).name]
     try:
-        array: np.ndarray = np.asarray(value, dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be a number, or one per prompt, got {value!r}") from error
-    if dtype is np.int64 and np.asarray(value).dtype.kind == "f":
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+        array: np.ndarray = np.asarray(value, object if dtype is object else None)
+    except ValueError:  # ragged
+        array = np.array("")
+    if array.dtype.kind not in kinds:
+        raise ValueError(f"{name} must be {what}, or one per prompt, got {value!r}")
+    array = array.astype(dtype)
     if array.ndim > 0 and array.shape != (n_rows,):
         raise ValueError(f"{name} must be a number or have one value per prompt ({n_rows}), got {value!r}")
     return np.broadcast_to(array, (n_rows,))
 
 
+def is_integer(value: object) -> bool:
+    """Says whether a value is an integer, of Python's or NumPy's, and no bool."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
 def make_limits(lengths: np.ndarray, stop_ids: Sequence[int], config: GPT2Config) -> Limits:
     """Pads the stop ids with -1 to a multiple of eight, since another number of them would compile anew."""
+    if not isinstance(stop_ids, Iterable) or not all(map(is_integer, stop_ids)):
+        raise TypeError(f"stop_ids must be a list of ids, got {stop_ids!r}")
     ids = [operator.index(stop_id) for stop_id in stop_ids]
     outside = [stop_id for stop_id in ids if not 0 <= stop_id < config.n_vocab]
     if outside:

@@ -102,7 +102,12 @@ class GPT2Model(ParamTree, keras.Model):
     def call(self, ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Computes logits at every position, float32 (B, T, V)."""
         check_ids(ids, self.config)
-        return self.logits(self.hidden_states(ids, training=training))
+        logits = self.logits(self.hidden_states(ids, training=training))
+        if not tf.is_symbolic_tensor(ids):
+            return logits
+        # Compiled code can raise nothing, and clamps what lies outside: no number is better than a wrong one.
+        is_valid = (ids >= 0) & (ids < self.config.n_vocab) & (tf.shape(ids)[1] <= self.config.n_ctx)  # (B, T)
+        return tf.where(tf.reduce_all(is_valid, axis=-1)[:, None, None], logits, float("nan"))
 
     def hidden_states(
         self,
@@ -147,6 +152,11 @@ class GPT2Model(ParamTree, keras.Model):
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Appends the vocabulary."""
         return (*input_shape, self.config.n_vocab)
+
+    def compute_output_spec(self, ids: Any, training: bool | None = None) -> keras.KerasTensor:
+        """Describes the logits of a symbolic call: float32 whatever the policy."""
+        check_ids(ids, self.config)
+        return keras.KerasTensor(self.compute_output_shape(ids.shape), dtype="float32")
 
     def get_config(self) -> dict[str, Any]:
         """Gives the constructor's arguments, the config as a plain dict."""

@@ -1,0 +1,196 @@
+"""What is the most this machine can do: how fast can it read weights, and multiply matrices?
+
+Decoding one token of one sequence reads every weight once, so memory bandwidth bounds it. The bound counts only if no
+program reads faster, so it is not taken from one loop: a small C program (compiled on the spot; without a compiler,
+NumPy) reads a buffer of the weights' size with all threads in several patterns, 1 to 16 streams per thread, with and
+without asking for lines ahead of use. Passes of the patterns alternate; a pattern's bandwidth is that of its median
+pass, and the machine's is that of the best pattern. It is measured with small pages and with huge ones.
+
+    python -m benchmarks.ceiling
+    python -m benchmarks.ceiling --size 355M --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import itertools
+import json
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tf_gpt2.checkpoint.params import block_shapes, leaves
+from tf_gpt2.config import SIZES, GPT2Config
+
+STREAMS = (1, 2, 4, 8, 16)
+AHEAD_BYTES = (0, 1024, 4096)
+HUGE_PAGE_BYTES = 2 << 20
+MADV_NOHUGEPAGE = 15
+"""Missing from Python's ``mmap``. Source: Linux, ``mman-common.h``."""
+
+
+class Pattern(NamedTuple):
+    """How a thread reads.
+
+    Attributes:
+        streams: how many runs of memory side by side.
+        ahead_bytes: how far ahead of use it asks for a line; 0 leaves that to the processor.
+    """
+
+    streams: int
+    ahead_bytes: int
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    n_bytes = bytes_per_token(SIZES[arguments.size])
+    result: dict[str, Any] = {"machine": describe_machine(), "bytes_per_token": n_bytes, "threads": arguments.threads}
+    print(f"{arguments.size}, float32: {n_bytes / 1e6:.1f} MB read per token, {arguments.threads} threads")
+    for pages in ("small", "huge"):
+        found = Reader(n_bytes, huge_pages=pages == "huge", n_threads=arguments.threads).measure(arguments.passes)
+        result[pages] = found
+        print(f"{pages:5} pages {found['bytes_per_s'] / 1e9:7.1f} GB/s  {found['bytes_per_s'] / n_bytes:6.1f} tokens/s")
+        print(
+            f"            best of: {', '.join(f'{name} {rate / 1e9:.1f}' for name, rate in found['patterns'].items())}"
+        )
+    result["gemm_flop_per_s"] = measure_gemm()
+    print(f"matrix products {result['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s")
+    print(json.dumps(result))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="124M", help="whose float32 weights to read")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="reading threads")
+    parser.add_argument("--passes", type=int, default=9, help="passes per pattern")
+    return parser.parse_args()
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bytes_per_token(config: GPT2Config) -> int:
+    """Counts the bytes of float32 weights that one decoded token reads: all but ``wpe``, of which it reads one row."""
+    per_block = sum(int(np.prod(shape)) for _, shape in leaves(block_shapes(config)))
+    return 4 * (config.n_layer * per_block + (config.n_vocab + 2) * config.n_embd)
+
+
+class Reader:
+    """A buffer in memory, and the fastest ways to read it.
+
+    Args:
+        n_bytes: size of the buffer.
+        huge_pages: whether to ask the kernel for pages of 2 MiB, or for none.
+        n_threads: how many threads read.
+    """
+
+    def __init__(self, n_bytes: int, *, huge_pages: bool, n_threads: int):
+        self.n_threads = n_threads
+        self.memory, self.buffer = allocate(n_bytes, huge_pages=huge_pages)
+        self.read_pass = compile_reader()
+        self.patterns = [Pattern(*pair) for pair in itertools.product(STREAMS, AHEAD_BYTES)]
+        if self.read_pass is None:
+            self.patterns = [Pattern(1, 0)]
+
+    def measure(self, n_passes: int = 5) -> dict[str, Any]:
+        """Measures all patterns; gives the best one's ``bytes_per_s`` and, under ``patterns``, that of each."""
+        times_s: dict[Pattern, list[float]] = {pattern: [] for pattern in self.patterns}
+        for _ in range(n_passes):
+            for pattern in self.patterns:
+                times_s[pattern].append(self.time_pass(pattern))
+        rates = {pattern: self.buffer.nbytes / statistics.median(times) for pattern, times in times_s.items()}
+        return {
+            "bytes_per_s": max(rates.values()),
+            "method": "numpy" if self.read_pass is None else "c",
+            "patterns": {f"{p.streams}+{p.ahead_bytes}": rate for p, rate in rates.items()},
+        }
+
+    def time_pass(self, pattern: Pattern) -> float:
+        """Gives the seconds of one pass."""
+        if self.read_pass is None:
+            return time_numpy_pass(self.buffer, self.n_threads)
+        return self.read_pass(
+            self.buffer.ctypes.data, self.buffer.nbytes, self.n_threads, *pattern, ctypes.byref(ctypes.c_float())
+        )
+
+
+def allocate(n_bytes: int, *, huge_pages: bool) -> tuple[mmap.mmap, np.ndarray]:
+    """Gives memory of its own and, within it, a float32 array of ones that starts at a huge page's border."""
+    kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, **kind)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else MADV_NOHUGEPAGE)
+    whole = np.frombuffer(memory, np.float32)
+    start = -whole.ctypes.data % HUGE_PAGE_BYTES // 4
+    array = whole[start : start + n_bytes // 4]
+    array.fill(1)
+    return memory, array
+
+
+def compile_reader() -> Callable[..., float] | None:
+    """Compiles ``ceiling.c`` for this processor and gives its ``read_pass``; ``None`` without a compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "ceiling.so"
+        source = Path(__file__).with_suffix(".c")
+        command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-w", "-o", str(library), str(source)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            read_pass = ctypes.CDLL(str(library)).read_pass
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    read_pass.restype = ctypes.c_double
+    read_pass.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.POINTER(ctypes.c_float)]
+    return read_pass
+
+
+def time_numpy_pass(buffer: np.ndarray, n_threads: int) -> float:
+    """Reads the buffer once with NumPy, which leaves other threads free to do the same."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        start = time.perf_counter()
+        list(pool.map(np.max, np.array_split(buffer, n_threads)))
+        return time.perf_counter() - start
+
+
+def measure_gemm(n: int = 2048, n_repetitions: int = 5) -> float:
+    """Gives the float32 operations per second of NumPy's product of two square matrices, on all cores."""
+    a = np.ones((n, n), np.float32)
+    times_s = []
+    for _ in range(n_repetitions + 1):
+        start = time.perf_counter()
+        a @ a
+        times_s.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(times_s[1:])
+
+
+def describe_machine() -> dict[str, Any]:
+    """Names what figures depend on: processor, cores, memory, kernel."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return {
+        "cpu": model or platform.processor(),
+        "n_cores": available_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    main()

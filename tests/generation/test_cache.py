@@ -1,0 +1,159 @@
+"""The key/value cache: what it holds, what it shows, and that XLA updates it in place, without copying a weight either.
+
+The proof is the optimized program of the decode loop; that the check can fail is shown by loops that do copy.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from reference import lively_params
+
+from tf_gpt2.config import GPT2Config
+from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer
+from tf_gpt2.generation.generate import make_limits, make_sampling
+from tf_gpt2.generation.loop import CompiledLoop
+from tf_gpt2.model.gpt2 import GPT2Model
+
+# two heads of width 32, 24 or 64 places: no weight has the shape of the cache
+CONFIG = GPT2Config(n_vocab=200, n_ctx=72, n_embd=64, n_head=2, n_layer=2)
+N_SLOTS = 48
+WEIGHTS = [(200, 64), (72, 64), (192, 64), (64, 64), (256, 64), (64, 256)]
+FORMS = {*WEIGHTS, *((n_in, n_out) for n_out, n_in in WEIGHTS), *((n_out // 2, n_in) for n_out, n_in in WEIGHTS)}
+
+
+def numbers(*shape, seed=0):
+    return tf.constant(np.random.default_rng(seed).standard_normal(shape), tf.float32)
+
+
+# ---- what it holds
+
+
+def test_prefill_keeps_keys_and_values_and_hides_the_future():
+    layer, k, v = PrefillLayer(), numbers(6, 4, 5), numbers(6, 4, 5, seed=1)
+    keys, values, mask = layer.update(k, v)
+    np.testing.assert_array_equal(keys, k)
+    np.testing.assert_array_equal(values, v)
+    np.testing.assert_array_equal(np.broadcast_to(mask, (1, 4, 4))[0], np.tril(np.ones((4, 4), bool)))
+    for padded, part in zip(layer.padded(7), (k, v), strict=True):
+        np.testing.assert_array_equal(padded, np.pad(part, [(0, 0), (0, 3), (0, 0)]))
+
+
+def test_decode_writes_each_row_at_its_place_and_shows_what_is_up_to_there():
+    positions, n_head = [2, 0, 6], 2
+    keys, values = numbers(6, 7, 5), numbers(6, 7, 5, seed=1)
+    k, v = numbers(6, 1, 5, seed=2), numbers(6, 1, 5, seed=3)
+    layer = DecodeLayer(keys, values, tf.constant(positions))
+    results = layer.update(k, v)
+    mask = np.broadcast_to(results[2], (6, 1, 7))
+    for row in range(6):
+        place = positions[row // n_head]
+        for after, before, new in ((results[0], keys, k), (results[1], values, v)):
+            np.testing.assert_array_equal(after[row, place], new[row, 0])
+            np.testing.assert_array_equal(np.delete(after[row], place, 0), np.delete(before[row], place, 0))
+        assert mask[row, 0].tolist() == [slot <= place for slot in range(7)]
+    assert (layer.keys, layer.values) == (results[0], results[1])
+
+
+# ---- that it stays where it is
+
+
+def loop_body(text):
+    """Instructions, ``(name, dtype, shape, operation)``, of a program's outermost loop and of what it calls."""
+    blocks = {match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?(%[\w.-]+) \(.*?^}", text, re.S | re.M)}
+    entry = next(block for block in blocks.values() if block.startswith("ENTRY"))
+    waiting, instructions = re.findall(r" while\(.*?body=(%[\w.-]+)", entry), []
+    assert len(waiting) == 1
+    for name in waiting:  # grows
+        for line in blocks[name].splitlines()[1:-1]:
+            waiting += re.findall(r" call\(.*?to_apply=(%[\w.-]+)", line)
+            match = re.match(r"\s+(?:ROOT )?(%[\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", line)
+            if match:
+                name, dtype, shape, operation = match.groups()
+                instructions.append((name, dtype, tuple(int(n) for n in shape.split(",") if n), operation))
+    return instructions
+
+
+def made_anew(instructions, shapes):
+    """Names of what the loop computes or copies at each step in one of the shapes, updates in place apart."""
+    views = ("parameter", "get-tuple-element", "bitcast")
+    return [
+        name
+        for name, _, shape, operation in instructions
+        if shape in shapes and operation not in views and not re.search(r"scatter|dynamic.update.slice", name)
+    ]
+
+
+PROGRAMS = {"one row": (1, {}), "two rows": (2, {}), "int8": (1, {"quantization": "int8"})}
+
+
+@pytest.fixture(scope="module", params=PROGRAMS.values(), ids=PROGRAMS)
+def program(request):
+    """The decode loop as XLA runs it, and its arguments."""
+    n_rows, options = request.param
+    model = GPT2Model(CONFIG, **options)
+    model.set_weights(lively_params(CONFIG))
+    sampling = make_sampling(n_rows, temperature=1.0, top_k=5, top_p=0.9, seed=0)
+    limits = make_limits(np.full(n_rows, 40, np.int32), (), CONFIG)
+    ids, lengths = tf.ones((n_rows, 16), tf.int32), tf.fill([n_rows], 4)
+    state = CompiledLoop(model, jit_compile=False).prefill(ids, lengths, sampling, limits, N_SLOTS)
+    arguments = state, sampling, limits, tf.constant(9)
+    decode = CompiledLoop(model, jit_compile=True).decode
+    text = decode.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+    return text, [*tf.nest.flatten(arguments), *model.weights], n_rows
+
+
+def test_the_loop_copies_no_cache(program):
+    text, _, n_rows = program
+    cache = (n_rows * CONFIG.n_head, N_SLOTS, CONFIG.n_embd // CONFIG.n_head)
+    body = loop_body(text)
+    updates = [name for name, _, shape, _ in body if shape == cache and "scatter" in name]
+    assert len(updates) == 2 * CONFIG.n_layer
+    assert made_anew(body, [cache]) == []
+
+
+def test_the_loop_copies_no_weight(program):
+    text, arguments, _ = program
+    body = loop_body(text)
+    shapes = {shape for _, _, shape, _ in body}
+    assert all(weight in shapes or weight[::-1] in shapes for weight in WEIGHTS)
+    assert made_anew(body, FORMS) == []
+    if any(argument.dtype == "int8" for argument in arguments):  # and there is no float copy made before the loop
+        assert {dtype for _, dtype, shape, _ in body if shape in {*WEIGHTS} - {(72, 64)}} == {"s8"}
+
+
+def test_every_argument_is_data(program):
+    """A tensor that the program needs as a constant would be no parameter of it, and each value would compile anew."""
+    text, arguments, _ = program
+    n_parameters = len(re.findall(r"^ENTRY .*?^}", text, re.S | re.M)[0].split(" parameter(")) - 1
+    assert n_parameters == len(arguments)
+
+
+def optimized(function, *arguments):
+    return tf.function(function, jit_compile=True).experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+
+
+def test_the_check_sees_a_copied_cache():
+    """Attends first and writes after, as the loop must not."""
+
+    def attend_then_write(keys, query):
+        def body(step, keys, query):
+            scores = tf.linalg.matvec(keys, query)
+            slots = tf.stack([tf.range(4), tf.repeat(step, 4)], axis=1)
+            return step + 1, tf.tensor_scatter_nd_update(keys, slots, query), query + scores[:, :32]
+
+        return tf.while_loop(lambda step, *_: step < 40, body, (tf.constant(0), keys, query))
+
+    text = optimized(attend_then_write, numbers(4, 48, 32), numbers(4, 32))
+    assert made_anew(loop_body(text), [(4, 48, 32)])
+
+
+def test_the_check_sees_a_copied_weight():
+    def turn_at_each_step(weight, x):
+        def body(step, x):
+            return step + 1, tf.matmul(x, tf.roll(weight, step, axis=0))
+
+        return tf.while_loop(lambda step, _: step < 40, body, (tf.constant(0), x))
+
+    assert made_anew(loop_body(optimized(turn_at_each_step, numbers(64, 64), numbers(2, 64))), [(64, 64)])

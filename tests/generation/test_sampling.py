@@ -1,0 +1,221 @@
+"""Choosing the next id: the filters against sorting, the frequencies against the exact probabilities."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import kept_by_top_k, kept_by_top_p, softmax
+
+from tf_gpt2.generation.sampling import Sampling, choose, filter_logits, keep_top_k, keep_top_p
+
+INF = float("inf")
+# few different values, so that there are many ties
+TIED = st.sampled_from([-INF, -2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 3.0])
+# processors may take subnormal numbers for 0
+ANY = st.floats(-50, 50, width=32, allow_subnormal=False)
+ROWS = st.lists(TIED, min_size=1, max_size=12) | st.lists(ANY, min_size=1, max_size=12)
+FINITE = ROWS.filter(lambda row: max(row) > -INF)
+COMPARED = settings(deadline=None, max_examples=150)
+
+
+def settings_of(n_rows, *, temperature=1.0, top_k=0, top_p=1.0, seeds=None):
+    seeds = range(n_rows) if seeds is None else seeds
+    return Sampling(
+        temperature=tf.constant(np.broadcast_to(np.float32(temperature), n_rows)),
+        top_k=tf.constant(np.broadcast_to(np.int32(top_k), n_rows)),
+        top_p=tf.constant(np.broadcast_to(np.float32(top_p), n_rows)),
+        seeds=tf.constant([[seed, 0] for seed in seeds], tf.uint32),
+    )
+
+
+def batch(row, n_rows=1):
+    return tf.constant([row] * n_rows, tf.float32)
+
+
+def left(filtered, row):
+    """Ids that a filter left; what it left must be unchanged, what it took -inf."""
+    filtered, row = np.asarray(filtered), np.asarray(row, np.float32)
+    kept = filtered > -INF
+    np.testing.assert_array_equal(filtered[kept], row[kept])
+    return np.flatnonzero(kept).tolist()
+
+
+def drawn(row, n_draws=20_000, **options):
+    return choose(batch(row, n_draws), settings_of(n_draws, **options), tf.fill([n_draws], 7)).numpy()
+
+
+# ---- top-k
+
+
+@COMPARED
+@given(FINITE, st.integers(0, 14))
+def test_top_k_keeps_what_sorting_keeps(row, k):
+    possible = [i for i in kept_by_top_k(row, k) if row[i] > -INF]
+    assert left(keep_top_k(batch(row), tf.constant([k]))[0], row) == possible
+
+
+@pytest.mark.parametrize(
+    ("row", "k", "kept"),
+    [
+        ([1, 1, 1, 1], 2, [0, 1]),
+        ([0, 1, 1, 2], 2, [1, 3]),
+        ([0, 1, 1, 2], 3, [1, 2, 3]),
+        ([5, 4, 3], 1, [0]),
+        ([5, 4, 3], 3, [0, 1, 2]),
+        ([5, 4, 3], 1000, [0, 1, 2]),
+        ([5, 4, 3], 2**31 - 1, [0, 1, 2]),
+        ([5, 4, 3], 0, [0, 1, 2]),
+        ([-1e38, -2e38, 3e38], 2, [0, 2]),
+        ([-0.0, 0.0, -1.0], 1, [0]),
+        ([-INF, 2, -INF, 1], 3, [1, 3]),
+        ([7], 1, [0]),
+    ],
+)
+def test_top_k_on_known_rows(row, k, kept):
+    assert left(keep_top_k(batch(row), tf.constant([k]))[0], row) == kept
+
+
+# ---- top-p
+
+
+@COMPARED
+@given(FINITE, st.integers(1, 1000).map(lambda n: n / 1000))
+def test_top_p_keeps_what_sorting_keeps(row, p):
+    found = left(keep_top_p(batch(row), tf.constant([p]))[0], row)
+    # where float32 cannot tell on which side of p a mass is, both answers are right
+    right = [kept_by_top_p(row, q) if p < 1 else kept_by_top_p(row, 1) for q in (p, p - 1e-6, p + 1e-6)]
+    assert found in [[i for i in kept if row[i] > -INF] for kept in right]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "p", "kept"),
+    [
+        ([0.5, 0.25, 0.125, 0.125], 0.5, [0]),
+        ([0.5, 0.25, 0.125, 0.125], 0.5000001, [0, 1]),
+        ([0.5, 0.25, 0.125, 0.125], 0.75, [0, 1]),
+        ([0.5, 0.25, 0.125, 0.125], 0.8, [0, 1, 2]),
+        ([0.125, 0.5, 0.125, 0.25], 0.8, [0, 1, 3]),
+        ([0.25, 0.25, 0.25, 0.25], 0.5, [0, 1]),
+        ([0.25, 0.25, 0.25, 0.25], 0.51, [0, 1, 2]),
+        ([0.25, 0.25, 0.25, 0.25], 1.0, [0, 1, 2, 3]),
+        ([0.1, 0.9], 1e-6, [1]),
+        ([0.1, 0.9], 1e-38, [1]),
+        ([0.1, 0.9], 1e-44, [1]),
+        ([0.1, 0.9], 0.99999994, [0, 1]),
+        ([0.0, 0.5, 0.5], 0.9, [1, 2]),
+        ([1.0], 0.3, [0]),
+    ],
+)
+def test_top_p_on_known_rows(probabilities, p, kept):
+    with np.errstate(divide="ignore"):
+        row = np.log(np.float32(probabilities))
+    assert left(keep_top_p(batch(row), tf.constant([p], tf.float32))[0], row) == kept
+
+
+def test_top_p_is_exact_on_a_large_vocabulary():
+    row = np.random.default_rng(0).normal(size=50257).astype(np.float32) * 3
+    for p in (0.1, 0.5, 0.9, 0.99):
+        n_wrong = set(left(keep_top_p(batch(row), tf.constant([p]))[0], row)) ^ set(kept_by_top_p(row, np.float32(p)))
+        assert len(n_wrong) <= 1 + 1e-3 * len(kept_by_top_p(row, p))
+
+
+# ---- together
+
+
+def test_top_p_counts_the_mass_that_temperature_and_top_k_left():
+    row = np.log([0.4, 0.3, 0.2, 0.1])
+    # of the first three 0.4 is 4/9 and 0.7 is 7/9
+    for p, kept in ((0.44, [0]), (0.45, [0, 1]), (0.77, [0, 1]), (0.78, [0, 1, 2])):
+        filtered = filter_logits(batch(row), settings_of(1, top_k=3, top_p=p))[0]
+        assert np.flatnonzero(filtered.numpy() > -INF).tolist() == kept
+    # at temperature 1/2 the probabilities are as 16, 9, 4, 1
+    for p, kept in ((0.53, [0]), (0.54, [0, 1]), (0.83, [0, 1]), (0.84, [0, 1, 2])):
+        filtered = filter_logits(batch(row), settings_of(1, temperature=0.5, top_p=p))[0]
+        assert np.flatnonzero(filtered.numpy() > -INF).tolist() == kept
+
+
+def test_each_row_has_its_own_settings():
+    row = [0.0, 3.0, 2.0, 1.0]
+    options = {"temperature": [0, 1, 1, 2], "top_k": [0, 1, 3, 0], "top_p": [1, 1, 0.5, 1]}
+    together = filter_logits(batch(row, 4), settings_of(4, **options)).numpy()
+    for i in range(4):
+        alone = settings_of(1, **{name: values[i] for name, values in options.items()})
+        np.testing.assert_allclose(together[i], filter_logits(batch(row), alone)[0], rtol=1e-6)
+
+
+def test_plain_and_compiled_choose_as_eager_does():
+    logits = tf.constant(np.random.default_rng(0).normal(size=(6, 97)) * 4, tf.float32)
+    options = settings_of(6, temperature=[0, 1, 0.5, 2, 1, 1], top_k=[0, 0, 10, 5, 0, 1], top_p=[1, 1, 1, 0.9, 0.3, 1])
+    for compiled in (False, True):
+        function = tf.function(choose, jit_compile=compiled)
+        for position in range(30):
+            positions = tf.fill([6], position)
+            np.testing.assert_array_equal(
+                function(logits, options, positions), choose(logits, options, positions).numpy()
+            )
+
+
+# ---- greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-44, 1e-40, 1e-38, 1e-37, 1e-30, 1e-6])
+@pytest.mark.parametrize("shift", [-100.0, 0.0, 100.0])
+def test_temperatures_down_to_zero_take_the_likeliest(shift, temperature):
+    assert drawn(shift + np.array([0.0, 5.0, 9.0, 2.0]), 50, temperature=temperature).tolist() == [2] * 50
+
+
+def test_of_equals_the_lowest_id_is_taken():
+    rows = tf.constant([[1, 3, 3, 3], [2, 2, 2, 2], [-INF, -INF, 0, 0], [-0.0, 0.0, 0.0, -0.0]], tf.float32)
+    assert choose(rows, settings_of(4, temperature=0), tf.zeros(4, tf.int32)).numpy().tolist() == [1, 0, 2, 0]
+
+
+def test_greedy_rows_among_random_ones_ignore_the_filters():
+    row = [0.0, 9.0, 8.0]
+    options = {"temperature": [0, 1] * 50, "top_k": 2, "top_p": 0.9999}
+    chosen = choose(batch(row, 100), settings_of(100, **options), tf.zeros(100, tf.int32)).numpy()
+    assert set(chosen[::2]) == {1}
+    assert set(chosen[1::2]) == {1, 2}
+
+
+# ---- frequencies
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6, 0.5]),
+        ({"temperature": 0.5}, [1, 4, 9, 16, 25, 36, 0.25]),
+        ({"temperature": 2.0}, np.sqrt([1, 2, 3, 4, 5, 6, 0.5])),
+        ({"top_k": 3}, [0, 0, 0, 4, 5, 6, 0]),
+        ({"top_p": 0.65}, [0, 0, 0, 4, 5, 6, 0]),
+        ({"temperature": 1e30}, np.ones(7)),
+    ],
+)
+def test_frequencies_are_the_probabilities(options, weights):
+    row, probabilities = np.log([1, 2, 3, 4, 5, 6, 0.5]), np.array(weights) / np.sum(weights)
+    for draws in (
+        drawn(row, **options),
+        drawn(row, seeds=[2**32 - 1 - i for i in range(20_000)], **options),
+    ):
+        counts, expected = np.bincount(draws, minlength=7), 20_000 * probabilities
+        assert not counts[expected == 0].any()
+        possible = expected > 0
+        # chi-square with at most 6 degrees of freedom: one in a million exceeds 39
+        assert np.sum((counts - expected)[possible] ** 2 / expected[possible]) < 39
+
+
+def test_frequencies_over_positions_of_one_seed():
+    row = np.log([1, 2, 3, 4])
+    draws = choose(batch(row, 20_000), settings_of(20_000, seeds=[3] * 20_000), tf.range(20_000)).numpy()
+    expected = 20_000 * softmax(row)
+    assert np.sum((np.bincount(draws, minlength=4) - expected) ** 2 / expected) < 31
+    # successive draws are independent: the frequency of each pair is the product
+    pairs = np.bincount(4 * draws[:-1] + draws[1:], minlength=16)
+    expected = 20_000 * np.outer(softmax(row), softmax(row)).ravel()
+    assert np.sum((pairs - expected) ** 2 / expected) < 60
+
+
+def test_what_is_impossible_is_never_drawn():
+    draws = drawn([-INF, 0.0, -INF, 0.0], 1000)
+    assert set(draws) == {1, 3}

@@ -1,0 +1,120 @@
+"""GPT-2 once more, in float64 NumPy: the whole attention matrix, one row at a time, no cache, no TensorFlow.
+
+Written from the papers, with nothing of the package, so that a slip in one of the two shows. Also the sampling filters
+by sorting, and random weights at which each part of the model matters.
+
+Sources: Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (attention), Ba et al. 2016 (layer norm), Hendrycks and Gimpel
+2016 (gelu), Holtzman et al. 2020 (top-p).
+"""
+
+import numpy as np
+
+
+def forward(params, ids, *, n_head):
+    """Logits at each position of one row: ids (T,) -> float64 (T, V)."""
+    x = as_float64(params["wte"][ids]) + as_float64(params["wpe"][: len(ids)])
+    for block in params["blocks"]:
+        x = transform(block, x, n_head=n_head)
+    return layer_norm(params["ln_f"], x) @ as_float64(params["wte"]).T
+
+
+def transform(block, x, *, n_head):
+    x = x + attention(block["attn"], layer_norm(block["ln_1"], x), n_head=n_head)
+    return x + mlp(block["mlp"], layer_norm(block["ln_2"], x))
+
+
+def attention(params, x, *, n_head):
+    n_positions, n_embd = x.shape
+    q, k, v = np.split(linear(params["c_attn"], x), 3, axis=1)
+    heads = []
+    for q_head, k_head, v_head in zip(*(np.split(part, n_head, axis=1) for part in (q, k, v)), strict=True):
+        scores = q_head @ k_head.T / np.sqrt(n_embd / n_head)
+        scores[np.triu_indices(n_positions, k=1)] = -np.inf
+        heads.append(softmax(scores) @ v_head)
+    return linear(params["c_proj"], np.concatenate(heads, axis=1))
+
+
+def mlp(params, x):
+    return linear(params["c_proj"], gelu(linear(params["c_fc"], x)))
+
+
+def linear(params, x):
+    return x @ as_float64(params["w"]) + as_float64(params["b"])
+
+
+def layer_norm(params, x):
+    mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-5) * as_float64(params["g"]) + as_float64(params["b"])
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def softmax(x):
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def log_softmax(x):
+    return np.log(softmax(as_float64(x)))
+
+
+def loss(params, ids, targets, *, n_head):
+    """Mean cross-entropy of one row in nats."""
+    return -log_softmax(forward(params, ids, n_head=n_head))[np.arange(len(ids)), targets].mean()
+
+
+def as_float64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+# ---- sampling
+
+
+def ranking(logits):
+    """Ids from the likeliest down, of equals the lower first."""
+    return np.lexsort((np.arange(len(logits)), -as_float64(logits)))
+
+
+def kept_by_top_k(logits, k):
+    """Ids that top-k leaves, sorted."""
+    return sorted(ranking(logits)[: k or None].tolist())
+
+
+def kept_by_top_p(logits, p):
+    """Ids of the smallest set of likeliest tokens whose mass reaches p, sorted."""
+    order = ranking(logits)
+    mass = np.cumsum(softmax(as_float64(logits))[order])
+    return sorted(order[: 1 + int(np.sum(mass < p))].tolist()) if p < 1 else sorted(order.tolist())
+
+
+# ---- weights
+
+
+def lively_params(config, *, seed=0):
+    """Random float32 weights so large that each part of the model changes the logits, and greedy text varies."""
+    rng = np.random.default_rng(seed)
+    c = config.n_embd
+
+    def normal(*shape, scale=None, mean=0.0):
+        scale = shape[0] ** -0.5 if scale is None else scale
+        return (mean + scale * rng.standard_normal(shape)).astype(np.float32)
+
+    def pair(n_in, n_out):
+        return {"w": normal(n_in, n_out), "b": normal(n_out, scale=0.3)}
+
+    def norm(scale=0.3, mean=1.0):
+        return {"g": normal(c, scale=scale, mean=mean), "b": normal(c, scale=0.3)}
+
+    def block():
+        attn = {"c_attn": pair(c, 3 * c), "c_proj": pair(c, c)}
+        return {"attn": attn, "ln_1": norm(), "ln_2": norm(), "mlp": {"c_fc": pair(c, 4 * c), "c_proj": pair(4 * c, c)}}
+
+    return {
+        "wte": normal(config.n_vocab, c, scale=1.0),
+        "wpe": normal(config.n_ctx, c, scale=1.0),
+        "blocks": [block() for _ in range(config.n_layer)],
+        # of both signs, or the tied embedding makes each token predict itself
+        "ln_f": norm(scale=1.0, mean=0.0),
+    }

@@ -1,0 +1,127 @@
+"""Hyperparameters: what is refused and how, what is read from ``hparams.json``, how many parameters they make."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tf_gpt2.config import LAYER_NORM_EPS, SIZES, GPT2Config, read_hparams
+from tf_gpt2.errors import CheckpointError
+
+SMALL = {"n_vocab": 11, "n_ctx": 7, "n_embd": 6, "n_head": 3, "n_layer": 2}
+
+
+def test_epsilon_is_that_of_the_original():
+    assert LAYER_NORM_EPS == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "n_layer", "n_head", "n_embd", "n_params"),
+    [
+        ("124M", 12, 12, 768, 124_439_808),
+        ("355M", 24, 16, 1024, 354_823_168),
+        ("774M", 36, 20, 1280, 774_030_080),
+        ("1558M", 48, 25, 1600, 1_557_611_200),
+    ],
+)
+def test_the_four_sizes(size, n_layer, n_head, n_embd, n_params):
+    config = SIZES[size]
+    assert (config.n_layer, config.n_head, config.n_embd) == (n_layer, n_head, n_embd)
+    assert (config.n_vocab, config.n_ctx, config.head_width) == (50257, 1024, 64)
+    assert config.n_params == n_params
+
+
+def test_there_are_four_sizes_and_nobody_can_add_one():
+    assert list(SIZES) == ["124M", "355M", "774M", "1558M"]
+    with pytest.raises(TypeError):
+        SIZES["3B"] = GPT2Config(**SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("value", [1.0, "6", None, True, [6], float("nan")])
+def test_what_is_no_integer_is_named(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be an int, got "):
+        GPT2Config(**{**SMALL, name: value})
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("value", [0, -1, -(2**40)])
+def test_what_is_below_one_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {value}"):
+        GPT2Config(**{**SMALL, name: value})
+
+
+@pytest.mark.parametrize("n_head", [4, 5, 7, 12])
+def test_heads_must_divide_the_width(n_head):
+    with pytest.raises(ValueError, match=f"n_head must divide n_embd, got n_head={n_head} and n_embd=6"):
+        GPT2Config(**{**SMALL, "n_head": n_head})
+
+
+def test_a_config_is_a_value():
+    config = GPT2Config(**SMALL)
+    assert config == GPT2Config(**SMALL)
+    assert len({config, GPT2Config(**SMALL), dataclasses.replace(config, n_layer=3)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.n_layer = 3
+    with pytest.raises(TypeError):
+        GPT2Config(11, 7, 6, 3, 2)
+
+
+def test_sizes_of_one_are_valid():
+    config = GPT2Config(n_vocab=1, n_ctx=1, n_embd=1, n_head=1, n_layer=1)
+    assert (config.head_width, config.n_params) == (1, 29)
+
+
+def test_hparams_come_back_in_the_original_order():
+    config = GPT2Config.from_hparams(dict(reversed(SMALL.items())))
+    assert list(config.to_hparams().items()) == list(SMALL.items())
+
+
+def test_unknown_hparams_are_ignored_and_missing_ones_named():
+    assert GPT2Config.from_hparams({**SMALL, "precision": "float32"}) == GPT2Config(**SMALL)
+    with pytest.raises(ValueError, match="hparams lacks n_ctx, n_head; it needs n_vocab, n_ctx, n_embd, n_head"):
+        GPT2Config.from_hparams({"n_vocab": 11, "n_embd": 6, "n_layer": 2})
+
+
+def test_hparams_are_read_as_they_stand(tmp_path):
+    path = tmp_path / "hparams.json"
+    path.write_text(json.dumps({**SMALL, "note": "π"}), encoding="utf-8")
+    assert read_hparams(path) == {**SMALL, "note": "π"}
+    assert GPT2Config.from_file(str(path)) == GPT2Config(**SMALL)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"5",
+        b'"n_vocab n_ctx n_embd n_head n_layer"',
+        b'["n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"]',
+        b"{}",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf{}",
+        b"<?xml version='1.0'?><Error><Code>BlobNotFound</Code></Error>",
+        json.dumps({**SMALL, "n_head": 4}).encode(),
+        json.dumps({**SMALL, "n_ctx": 7.0}).encode(),
+        json.dumps({**SMALL, "n_ctx": None}).encode(),
+        json.dumps(SMALL).encode()[:-1],
+        json.dumps(SMALL).encode().replace(b"11", b"1" * 5000),
+        b"[" * 100_000,
+    ],
+)
+def test_damaged_hparams_are_a_checkpoint_error(damaged, tmp_path):
+    path = tmp_path / "hparams.json"
+    path.write_bytes(damaged)
+    for read in (read_hparams, GPT2Config.from_file):
+        with pytest.raises(CheckpointError) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_hparams_is_a_checkpoint_error(tmp_path):
+    for path in (tmp_path / "hparams.json", tmp_path):
+        with pytest.raises(CheckpointError, match="cannot read"):
+            read_hparams(path)

@@ -1,0 +1,224 @@
+"""Text in, text out, on the embedded checkpoint; and OpenAI's own text, where OpenAI's weights are at hand."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+
+from tf_gpt2.checkpoint.download import FILES, embedded_dir
+from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
+from tf_gpt2.config import GPT2Config, read_hparams
+from tf_gpt2.errors import CheckpointError, ContextLengthError
+from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.pipeline import TextGenerator, load_encoder_hparams_and_params
+from tf_gpt2.tokenizer.encoder import Encoder
+
+PROMPTS = ["To be", "Where art thou", "ROMEO:\n"]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return TextGenerator.from_checkpoint(embedded_dir())
+
+
+@pytest.fixture(scope="module")
+def plain(generator):
+    """Generates without XLA, which would compile for each number of prompts."""
+    return lambda prompts, **options: generator.generate(
+        prompts, **{"max_new_tokens": 12, "jit_compile": False, **options}
+    )
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Writes a checkpoint of random weights beside the embedded vocabulary, and gives its folder and weights."""
+
+    def write(n_vocab=None):
+        encoder = Encoder.from_files(embedded_dir())
+        config = GPT2Config(n_vocab=n_vocab or len(encoder), n_ctx=20, n_embd=8, n_head=2, n_layer=1)
+        params = reference.lively_params(config)
+        save_gpt2_params_to_tf_ckpt(params, config.to_hparams(), tmp_path / "small")
+        for name in ("encoder.json", "vocab.bpe"):
+            shutil.copy(embedded_dir() / name, tmp_path / "small")
+        return tmp_path / "small", params
+
+    return write
+
+
+def always(generator, token_id):
+    """A generator whose model puts one token after everything."""
+    model = GPT2Model(dataclasses.replace(generator.model.config, n_embd=4, n_head=1, n_layer=1))
+    params = model.get_params()
+    params["ln_f"] = {"g": np.zeros(4, np.float32), "b": np.ones(4, np.float32)}
+    params["wte"][token_id] = 10
+    model.set_weights(params)
+    return TextGenerator(model, generator.encoder)
+
+
+# ---- loading
+
+
+def test_the_reference_notebooks_three_things(tmp_path, generator, assert_same_bits):
+    encoder, hparams, params = load_encoder_hparams_and_params("tiny", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert encoder.encode("To be") == generator.encoder.encode("To be")
+    assert hparams == read_hparams(embedded_dir() / "hparams.json") == generator.model.config.to_hparams()
+    assert_same_bits(params, generator.model.get_params())
+
+
+def test_a_folder_of_ones_own_needs_no_network(small, assert_same_bits, monkeypatch):
+    monkeypatch.setenv("TF_GPT2_BASE_URL", "http://127.0.0.1:9/nothing")
+    folder, expected = small()
+    _, hparams, params = load_encoder_hparams_and_params("small", folder.parent)
+    assert hparams["n_ctx"] == 20
+    assert_same_bits(params, expected)
+
+
+def test_bfloat16_halves_the_weights(generator):
+    half = TextGenerator.from_checkpoint(str(embedded_dir()), dtype="bfloat16")
+    assert {weight.dtype for weight in half.model.weights} == {"bfloat16"}
+    assert half.generate("To be", max_new_tokens=3, jit_compile=False)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int4", "", None, "mixed_bfloat16"])
+def test_other_dtypes_are_refused_with_the_valid_ones(dtype):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16") as caught:
+        TextGenerator.from_checkpoint(embedded_dir(), dtype=dtype)
+    assert repr(dtype) in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    for folder in (tmp_path / "nowhere", embedded_dir() / "hparams.json"):
+        with pytest.raises(CheckpointError, match="is not a folder") as caught:
+            TextGenerator.from_checkpoint(folder)
+        assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "model.ckpt.meta"])
+def test_a_missing_file_is_a_checkpoint_error(name, small):
+    folder, _ = small()
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint|hparams|encoder|vocab"):
+        TextGenerator.from_checkpoint(folder)
+
+
+def test_model_and_vocabulary_must_fit(small, generator):
+    folder, _ = small(n_vocab=77)
+    with pytest.raises(CheckpointError, match=r"encoder has \d+ tokens and model n_vocab=77"):
+        TextGenerator.from_checkpoint(folder)
+    with pytest.raises(ValueError, match="n_vocab=77"):
+        TextGenerator(GPT2Model.from_checkpoint(folder), generator.encoder)
+
+
+# ---- generating
+
+
+def test_greedy_text_is_that_of_the_reference(generator):
+    params, encoder = generator.model.get_params(), generator.encoder
+    ids = encoder.encode("To be")
+    n_prompt = len(ids)
+    for _ in range(12):
+        ids.append(int(reference.forward(params, ids, n_head=generator.model.config.n_head)[-1].argmax()))
+    assert generator.generate("To be", max_new_tokens=12) == encoder.decode(ids[n_prompt:])
+
+
+def test_a_text_for_a_text_and_a_list_for_a_list(plain):
+    texts = plain(PROMPTS)
+    assert isinstance(texts, list)
+    assert texts == [plain(prompt) for prompt in PROMPTS] == plain(tuple(PROMPTS))
+    assert plain(PROMPTS[:1]) == texts[:1]
+
+
+def test_only_the_new_text_comes_back(generator, plain):
+    for prompt, text in zip(PROMPTS, plain(PROMPTS), strict=True):
+        assert isinstance(text, str)
+        assert text
+        longer = generator.encoder.encode(prompt + text)
+        assert not text.startswith(prompt)
+        assert len(longer) <= len(generator.encoder.encode(prompt)) + 12
+
+
+def test_an_empty_prompt_starts_after_the_end_of_a_text(generator, plain):
+    end = generator.encoder.end_of_text
+    assert generator.encode_prompt("") == [end]
+    assert generator.encode_prompt("To be") == generator.encoder.encode("To be")
+    assert plain(["", "To be"]) == [plain(""), plain("To be")]
+
+
+def test_an_empty_prompt_needs_an_end_of_text(generator, plain, monkeypatch):
+    monkeypatch.setattr(Encoder, "end_of_text", None)
+    with pytest.raises(ValueError, match="prompts must not be empty"):
+        plain("")
+    assert plain("To be")
+
+
+def test_text_ends_at_the_end_of_text_unless_told_otherwise(generator):
+    end = generator.encoder.end_of_text
+    ending = always(generator, end)
+    assert ending.generate(["To be", ""], max_new_tokens=3, jit_compile=False) == ["", ""]
+    going_on = ending.generate("To be", max_new_tokens=3, stop_at_end_of_text=False, jit_compile=False)
+    assert going_on == 3 * generator.encoder.decode([end])
+    letter = generator.encoder.encode("a")[0]
+    assert always(generator, letter).generate("To be", max_new_tokens=3, jit_compile=False) == "aaa"
+
+
+def test_options_reach_the_model(plain):
+    greedy = plain("To be")
+    assert plain("To be", temperature=2.0, seed=1) != greedy
+    assert plain("To be", temperature=2.0, seed=1) == plain("To be", temperature=2.0, seed=1)
+    assert plain("To be", temperature=2.0, seed=1) != plain("To be", temperature=2.0, seed=2)
+    assert plain("To be", temperature=2.0, top_k=1) == greedy
+    assert plain("To be", temperature=2.0, top_p=1e-6) == greedy
+    assert plain(["To be"] * 2, temperature=[0, 2.0], seed=[0, 1]) == [greedy, plain("To be", temperature=2.0, seed=1)]
+    assert greedy.startswith(plain("To be", max_new_tokens=2))
+
+
+def test_any_unicode_goes_in_and_comes_out(plain):
+    for text in plain(["naïve 🙂 \x00 \ud83d", "日本語", " " * 50]):
+        text.encode("utf-8")
+
+
+def test_too_long_a_prompt_is_refused(plain):
+    with pytest.raises(ContextLengthError, match="n_ctx="):
+        plain(["To be", "To be " * 500])
+
+
+@pytest.mark.parametrize("prompts", [5, None, [5], [b"To be"], b"To be", [["To be"]]])
+def test_what_is_no_text_is_refused(prompts, plain):
+    with pytest.raises(TypeError):
+        plain(prompts)
+
+
+def test_no_prompts_are_refused(plain):
+    with pytest.raises(ValueError, match="prompts must be a non-empty list"):
+        plain([])
+
+
+# ---- OpenAI's weights
+
+
+@pytest.fixture(scope="module")
+def openai_124m():
+    folder = Path(os.environ.get("TF_GPT2_MODELS_DIR", "")) / "124M"
+    if "TF_GPT2_MODELS_DIR" not in os.environ or not folder.is_dir():
+        pytest.skip("needs OpenAI's weights: set TF_GPT2_MODELS_DIR to the folder that holds 124M")
+    return TextGenerator.from_checkpoint(folder)
+
+
+def test_124m_writes_what_it_always_wrote(openai_124m):
+    text = openai_124m.generate("Alan Turing theorized that computers would one day become", max_new_tokens=40)
+    assert text == (
+        " the most powerful machines on the planet.\n\nThe computer is a machine that can perform complex calculations,"
+        " and it can perform these calculations in a way that is very similar to the human brain.\n"
+    )
+
+
+def test_124m_gives_the_ids_it_always_gave(openai_124m):
+    prompt = "Alan Turing theorized that computers would one day become very powerful, but even he could not imagine"
+    text = openai_124m.generate(prompt, max_new_tokens=20)
+    ids = [703, 484, 561, 307, 1498, 284, 466, 523, 13, 198, 198, 1, 40, 892, 326, 262, 749, 1593, 1517, 318]
+    assert text == openai_124m.encoder.decode(ids)
