@@ -19,7 +19,8 @@ from tf_gpt2.model.gpt2 import GPT2Model
 # two heads of width 32, 24 or 64 places: no weight has the shape of the cache
 CONFIG = GPT2Config(n_vocab=200, n_ctx=72, n_embd=64, n_head=2, n_layer=2)
 N_SLOTS = 48
-WEIGHTS = [(200, 64), (72, 64), (192, 64), (64, 64), (256, 64), (64, 256)]
+MATRICES = [(200, 64), (192, 64), (64, 64), (256, 64), (64, 256)]
+WEIGHTS = [*MATRICES, (72, 64)]
 FORMS = {*WEIGHTS, *((n_in, n_out) for n_out, n_in in WEIGHTS), *((n_out // 2, n_in) for n_out, n_in in WEIGHTS)}
 
 
@@ -85,12 +86,17 @@ def made_anew(instructions, shapes):
     ]
 
 
-PROGRAMS = {"one row": (1, {}), "two rows": (2, {}), "int8": (1, {"quantization": "int8"})}
+PROGRAMS = {
+    "one row": (1, {}),
+    "two rows": (2, {}),
+    "int8": (1, {"quantization": "int8"}),
+    "bfloat16": (1, {"dtype": "bfloat16"}),
+}
 
 
 @pytest.fixture(scope="module", params=PROGRAMS.values(), ids=PROGRAMS)
 def program(request):
-    """The decode loop as XLA runs it, and its arguments."""
+    """The decode loop as XLA runs it, its arguments, the number of rows, the dtype that matrices are stored in."""
     n_rows, options = request.param
     model = GPT2Model(CONFIG, **options)
     model.set_weights(lively_params(CONFIG))
@@ -101,11 +107,11 @@ def program(request):
     arguments = state, sampling, limits, tf.constant(9)
     decode = CompiledLoop(model, jit_compile=True).decode
     text = decode.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
-    return text, [*tf.nest.flatten(arguments), *model.weights], n_rows
+    return text, [*tf.nest.flatten(arguments), *model.weights], n_rows, model.blocks[0].mlp.c_fc.w.dtype
 
 
 def test_the_loop_copies_no_cache(program):
-    text, _, n_rows = program
+    text, _, n_rows, _ = program
     cache = (n_rows * CONFIG.n_head, N_SLOTS, CONFIG.n_embd // CONFIG.n_head)
     body = loop_body(text)
     updates = [name for name, _, shape, _ in body if shape == cache and "scatter" in name]
@@ -114,18 +120,19 @@ def test_the_loop_copies_no_cache(program):
 
 
 def test_the_loop_copies_no_weight(program):
-    text, arguments, _ = program
+    text, _, n_rows, stored = program
     body = loop_body(text)
     shapes = {shape for _, _, shape, _ in body}
     assert all(weight in shapes or weight[::-1] in shapes for weight in WEIGHTS)
     assert made_anew(body, FORMS) == []
-    if any(argument.dtype == "int8" for argument in arguments):  # and there is no float copy made before the loop
-        assert {dtype for _, dtype, shape, _ in body if shape in {*WEIGHTS} - {(72, 64)}} == {"s8"}
+    if n_rows == 1:  # and no wider copy was made before the loop
+        found = {dtype for _, dtype, shape, _ in body if shape in MATRICES}
+        assert found <= {"float32": {"f32"}, "bfloat16": {"bf16", "u16"}, "int8": {"s8"}}[stored]
 
 
 def test_every_argument_is_data(program):
     """A tensor that the program needs as a constant would be no parameter of it, and each value would compile anew."""
-    text, arguments, _ = program
+    text, arguments, *_ = program
     n_parameters = len(re.findall(r"^ENTRY .*?^}", text, re.S | re.M)[0].split(" parameter(")) - 1
     assert n_parameters == len(arguments)
 

@@ -87,14 +87,14 @@ def test_logits_are_those_of_a_plain_forward_pass_at_each_step(config, options, 
                 assert logprob == pytest.approx(reference.log_softmax(wanted)[chosen], abs=1e-4)
 
 
+@pytest.mark.parametrize("lengths", [[3, 11], [11]])
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
-def test_logits_in_reduced_precision_are_those_of_the_model_itself(policy, odd_config, odd_params):
+def test_logits_in_reduced_precision_are_those_of_the_model_itself(policy, lengths, odd_config, odd_params):
     model = GPT2Model(odd_config, dtype=policy)
     model.set_weights(odd_params)
     recorder = Recorder(model)
-    arguments = start(model, prompts_of(odd_config, [3, 11]), GREEDY, limit=20, n_slots=32)
+    arguments = start(model, prompts_of(odd_config, lengths), GREEDY, limit=20, n_slots=32)
     state = prefill(recorder, *arguments)
-    assert {cache.dtype for cache in (*state.keys, *state.values)} == {tf.bfloat16}
     for _ in range(8):
         state = decode_step(recorder, state, *arguments[2:4])
     for row, ids in enumerate(texts(state)):
@@ -123,6 +123,19 @@ def test_plain_graph_and_xla_give_what_eager_gives(options, odd_model, odd_confi
         np.testing.assert_array_equal(state.stopped, eager.stopped)
         for row, length in enumerate(eager.lengths.numpy()):
             np.testing.assert_allclose(state.logprobs[row, :length], eager.logprobs[row, :length], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"), [({"quantization": "int8"}, 1e-4), ({"dtype": "bfloat16"}, 0.1)], ids=["int8", "bfloat16"]
+)
+def test_xla_computes_with_smaller_weights_as_the_model_does(options, tolerance):
+    config = GPT2Config(n_vocab=53, n_ctx=16, n_embd=12, n_head=2, n_layer=1)
+    model = GPT2Model(config, **options)
+    model.set_weights(lively_params(config))
+    result = generate(model, [[3, 1]], max_new_tokens=9)
+    plain = reference.log_softmax(model(np.array([[3, 1, *result.ids[0]]]))[0])[1:-1]
+    assert result.logprobs[0] == pytest.approx(plain[np.arange(9), result.ids[0]], abs=tolerance)
+    assert result.logprobs[0] == pytest.approx(plain.max(axis=1), abs=tolerance)
 
 
 # ---- ends
