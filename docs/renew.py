@@ -26,11 +26,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something is out of date")
     check = parser.parse_args().check
-    stale = [path for path, text in renewed().items() if path.read_text(encoding="utf-8") != text]
-    for path in stale:
+    stale = {path: text for path, text in renewed().items() if not is_current(path, text)}
+    for path, text in stale.items():
         print(f"{path.relative_to(ROOT)} is out of date" if check else f"renewed {path.relative_to(ROOT)}")
         if not check:
-            path.write_text(renewed()[path], encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
     return int(check and bool(stale))
 
 
@@ -39,6 +39,11 @@ def renewed() -> dict[Path, str]:
     sections = {"generation": generation_table(), "tokenizer": tokenizer_table()}
     documents = {path: fill(path, sections) for path in (ROOT / "README.md", ROOT / "docs" / "performance.md")}
     return {**documents, ROOT / "docs" / "command_line.md": command_line()}
+
+
+def is_current(path: Path, text: str) -> bool:
+    """Says whether a document is there and says what it should."""
+    return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
 def fill(path: Path, sections: dict[str, str]) -> str:
