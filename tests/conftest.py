@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from reference import lively_params
 
+from tf_gpt2 import compile_cache
 from tf_gpt2.config import GPT2Config
+
+os.environ[compile_cache.VARIABLE] = "off"  # tests leave the user's cache alone
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_an_empty_entry_is_removed(flags, tmp_path):
 
 
 def test_another_process_finds_what_the_first_compiled(tmp_path):
-    environment = {**os.environ, compile_cache.VARIABLE: str(tmp_path)}
+    environment = {**os.environ, compile_cache.VARIABLE: str(tmp_path), "TF_XLA_FLAGS": ""}
 
     def run():
         result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, timeout=300)

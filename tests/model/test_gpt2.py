@@ -83,6 +83,13 @@ def test_reduced_precision_stays_close(policy, odd_config, odd_params):
     assert {weight.dtype for weight in model.weights} == {"bfloat16" if policy == "bfloat16" else "float32"}
 
 
+@pytest.mark.parametrize("policy", ["float32", "bfloat16", "mixed_bfloat16"])
+def test_parts_called_from_outside_compute_as_in_a_call(policy, odd_config, odd_params):
+    """Generation calls them so; Keras's automatic casts depend on what is called from where."""
+    model, ids = with_weights(odd_config, odd_params, dtype=policy), random_ids(odd_config, 2, 9)
+    np.testing.assert_array_equal(model.logits(model.hidden_states(ids)), model(ids))
+
+
 def test_later_ids_change_no_earlier_logit(odd_model, odd_config):
     ids, others = random_ids(odd_config, 2, 40), random_ids(odd_config, 2, 40, seed=1)
     for cut in (1, 13, 39):
@@ -213,7 +220,7 @@ def test_gradients_are_the_slopes_of_the_reference():
         assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-3, abs=1e-5), path
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_gradients_are_finite_at_large_weights(policy):
     model = with_weights(TINY, map_leaves(lambda _, x: 100 * x, lively_params(TINY)), dtype=policy, dropout=0.2)
     ids = random_ids(TINY, 3, 5)
