@@ -1,10 +1,9 @@
 """How fast does GPT-2 generate here, beside Hugging Face's on the same weights and beside what the memory allows?
 
 Random float32 weights, greedy, no early stop. Each peer is a process of its own that is idle while another runs; the
-machine's read bandwidth, then ours, the bandwidth, then Hugging Face, and so on: machines drift, so ratios are taken
-within a round, and their median counts. All that with huge pages for everyone, and again with the default pages. A
-repetition in which other programs took more than a twentieth of the processor's time is repeated, at most twice.
-Prefill ends with the first new token. What XLA compiles goes to a new folder, so that the first call compiles; a second
+machine's read bandwidth, then ours, the bandwidth, Hugging Face, the bandwidth. Machines drift, so ratios are taken
+within such a round, and their median counts. A round in which other programs took more than a twentieth of the
+processor's time is repeated. All that with huge pages for everyone, and again with the default pages. Prefill ends with the first new token. What XLA compiles goes to a new folder, so that the first call compiles; a second
 process of ours then finds it there. Prints medians, and stores every single time as JSON.
 
     python -m benchmarks.generation
@@ -24,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ OURS, PEER = "tf_gpt2", "huggingface"
 PAGES = {"huge": "glibc.malloc.hugetlb=1", "default": "glibc.malloc.hugetlb=0"}
 """What ``GLIBC_TUNABLES`` is for all processes: whether ``malloc`` asks the kernel for huge pages."""
 QUIET = 0.05
-"""The share of the processor's time that others may take during a repetition."""
+"""The share of the processor's time that others may take."""
+PATIENCE_S = 60
 MOST_TRIES = 3
 
 
@@ -126,22 +127,24 @@ def compare(
         firsts = {name: worker.ask(**job) for name, worker in workers.items()}
         parting = find_parting(workers[OURS], prompts, firsts[OURS]["ids"], firsts[PEER]["ids"])
         reader = Reader(bytes_per_token(config), huge_pages=pages == "huge", n_threads=arguments.threads)
-        replies, ceilings = measure(workers, job, reader, arguments.repetitions)
+        rounds = measure(workers, job, reader, arguments.repetitions)
     peers = {
-        name: describe(worker.loaded, firsts[name], replies[name], prompts, arguments.new)
-        for name, worker in workers.items()
+        name: describe(worker.loaded, firsts[name], [r["replies"][i] for r in rounds], prompts, arguments.new)
+        for i, (name, worker) in enumerate(workers.items())
     }
     with start(OURS) as again:
         peers[OURS]["second_process"] = {"ready_s": again.loaded["ready_s"]} | without_ids(again.ask(**job))
-    per_s = [rate / reader.buffer.nbytes * len(prompts) for rate in ceilings]
+    ceilings = np.array([r["ceilings"] for r in rounds])  # (rounds, peers + 1)
+    per_s = ceilings / reader.buffer.nbytes * len(prompts)
     return {
         "environment": environment,
         "ids_part": parting,
         "peers": peers,
-        "ceiling_bytes_per_s": ceilings,
-        "ceiling_tokens_per_s": statistics.median(per_s),
+        "others_share": [r["others_share"] for r in rounds],
+        "ceiling_bytes_per_s": ceilings.tolist(),
+        "ceiling_tokens_per_s": float(np.median(per_s)),
         "share_of_ceiling": {
-            name: median_ratio(peer["decode_tokens_per_s"], around(per_s, i, len(peers)))
+            name: median_ratio(peer["decode_tokens_per_s"], per_s[:, i : i + 2].mean(axis=1))
             for i, (name, peer) in enumerate(peers.items())
         },
         f"ratio_to_{PEER}": {
@@ -153,29 +156,41 @@ def compare(
 
 def measure(
     workers: dict[str, Worker], job: dict[str, Any], reader: Reader, n_rounds: int
-) -> tuple[dict[str, list[dict[str, Any]]], list[float]]:
-    """Gives each peer's replies, and the bandwidth in bytes per second before each of them and after the last."""
-    replies: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    ceilings = []
-    for _ in range(n_rounds):
-        for name, worker in workers.items():
-            ceilings.append(reader.measure()["bytes_per_s"])
-            replies[name].append(ask_in_quiet(worker, job))
-    return replies, [*ceilings, reader.measure()["bytes_per_s"]]
+) -> list[dict[str, list[Any]]]:
+    """Runs rounds until enough were quiet, at most three times as many; gives the quietest, in order."""
+    rounds: list[dict[str, list[Any]]] = []
+    while len(rounds) < MOST_TRIES * n_rounds and sum(map(is_quiet, rounds)) < n_rounds:
+        wait_until_quiet()
+        rounds.append(run_round(workers, job, reader))
+    quietest = sorted(range(len(rounds)), key=lambda i: max(rounds[i]["others_share"]))[:n_rounds]
+    return [rounds[i] for i in sorted(quietest)]
 
 
-def ask_in_quiet(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
-    """Asks until other programs leave the processor alone; gives the calmest reply, with ``others_share`` added."""
-    tries = []
-    while len(tries) < MOST_TRIES:
-        start, busy, own = time.perf_counter(), busy_s(), worker.cpu_s()
-        reply = worker.ask(**job)
-        available_s = (time.perf_counter() - start) * (os.cpu_count() or 1)
-        reply["others_share"] = max(0.0, (busy_s() - busy) - (worker.cpu_s() - own)) / available_s
-        tries.append(reply)
-        if reply["others_share"] < QUIET:
-            break
-    return min(tries, key=lambda reply: reply["others_share"])
+def run_round(workers: dict[str, Worker], job: dict[str, Any], reader: Reader) -> dict[str, list[Any]]:
+    """Gives each peer's reply, what others took of the processor's time meanwhile, and the bandwidths around them."""
+    result: dict[str, list[Any]] = {"ceilings": [reader.measure()["bytes_per_s"]], "replies": [], "others_share": []}
+    for worker in workers.values():
+        start_s, busy, own = time.perf_counter(), busy_s(), worker.cpu_s()
+        result["replies"].append(worker.ask(**job))
+        available_s = (time.perf_counter() - start_s) * (os.cpu_count() or 1)
+        others_s = max(0.0, (busy_s() - busy) - (worker.cpu_s() - own))
+        result["others_share"].append(others_s / available_s)
+        result["ceilings"].append(reader.measure()["bytes_per_s"])
+    return result
+
+
+def is_quiet(one_round: dict[str, list[Any]]) -> bool:
+    return max(one_round["others_share"]) < QUIET
+
+
+def wait_until_quiet(window_s: float = 0.5) -> None:
+    """Waits until nobody uses the processor, at most ``PATIENCE_S``."""
+    end_s = time.perf_counter() + PATIENCE_S
+    while time.perf_counter() < end_s:
+        busy = busy_s()
+        time.sleep(window_s)
+        if busy_s() - busy < QUIET * window_s * (os.cpu_count() or 1):
+            return
 
 
 def busy_s() -> float:
@@ -218,7 +233,6 @@ def describe(
         "huge_page_bytes": first["huge_page_bytes"],
         "prefill_s": prefill_s,
         "decode_s": decode_s,
-        "others_share": [reply["others_share"] for reply in replies],
         "prefill_tokens_per_s": [batch * length / s for s in prefill_s],
         "decode_tokens_per_s": [batch * (n_new - 1) / s for s in decode_s],
         "all_tokens_per_s": [batch * n_new / s for s in all_s],
@@ -229,13 +243,8 @@ def without_ids(reply: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in reply.items() if name != "ids"}
 
 
-def around(ceilings: list[float], i: int, n_peers: int) -> list[float]:
-    """Gives the mean ceiling around each repetition of peer ``i``: the measurements just before and after it."""
-    return [float(np.mean(ceilings[at : at + 2])) for at in range(i, len(ceilings) - 1, n_peers)]
-
-
-def median_ratio(a: list[float], b: list[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(np.median(np.divide(a, b)))
 
 
 def print_comparison(pages: str, measured: dict[str, Any]) -> None:
@@ -251,14 +260,14 @@ def print_comparison(pages: str, measured: dict[str, Any]) -> None:
         )
     ratios = measured[f"ratio_to_{PEER}"]
     print(f"{'x ' + PEER:14}  {ratios['prefill']:9.2f}  {ratios['decode']:8.2f}")
-    bandwidth = statistics.median(measured["ceiling_bytes_per_s"]) / 1e9
+    bandwidth = np.median(measured["ceiling_bytes_per_s"]) / 1e9
     print(f"{'ceiling':14}             {measured['ceiling_tokens_per_s']:8.1f}  ({bandwidth:.1f} GB/s)")
     second = measured["peers"][OURS]["second_process"]
     first_call_s = second["prefill_s"] + second["decode_s"]
     print(f"{OURS}, second process: first call {first_call_s:.1f} s, peak {second['peak_bytes'] / 1e9:.2f} GB")
-    noisy = sum(share >= QUIET for peer in measured["peers"].values() for share in peer["others_share"])
+    noisy = sum(max(shares) >= QUIET for shares in measured["others_share"])
     if noisy:
-        print(f"other programs disturbed {noisy} of the repetitions: run again on a quiet machine")
+        print(f"other programs disturbed {noisy} of the rounds: run again on a quiet machine")
 
 
 if __name__ == "__main__":

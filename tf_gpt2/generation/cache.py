@@ -24,7 +24,8 @@ class PrefillLayer:
 
     def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Remembers keys and values (B*H, T, D); gives them back with a causal mask (1, T, T)."""
-        self.keys, self.values = k, v
+        # float32 holds every bfloat16; XLA updates a bfloat16 cache by way of a float32 copy of the whole
+        self.keys, self.values = tf.cast(k, tf.float32), tf.cast(v, tf.float32)
         return k, v, causal_mask(tf.shape(k)[1])
 
     def padded(self, length: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -52,6 +53,6 @@ class DecodeLayer:
 
     def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Writes keys and values (B*H, 1, D) into their slots; gives the whole cache and the mask (B*H, 1, S)."""
-        self.keys = tf.tensor_scatter_nd_update(self.keys, self.slots, k[:, 0])
-        self.values = tf.tensor_scatter_nd_update(self.values, self.slots, v[:, 0])
+        self.keys = tf.tensor_scatter_nd_update(self.keys, self.slots, tf.cast(k[:, 0], self.keys.dtype))
+        self.values = tf.tensor_scatter_nd_update(self.values, self.slots, tf.cast(v[:, 0], self.values.dtype))
         return self.keys, self.values, self.mask

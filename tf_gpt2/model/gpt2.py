@@ -67,7 +67,9 @@ class GPT2Model(ParamTree, keras.Model):
         config = self.config
         shape = (config.n_vocab, config.n_embd)
         self.wte, self.wte_scale = add_matrix(self, "wte", shape, stddev=0.02, quantization=self.quantization)
-        self.wpe = self.add_weight(shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), name="wpe")
+        self.wpe = self.add_weight(
+            shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), autocast=False, name="wpe"
+        )
         for layer in (*self.blocks, self.ln_f):
             layer.build((None, None, config.n_embd))
 
@@ -131,16 +133,18 @@ class GPT2Model(ParamTree, keras.Model):
         if positions is None:
             positions = tf.range(tf.shape(ids)[1])[None]  # (1, T)
         # gather, not a slice: a slice would compile anew for each position
-        x = self.token_embeddings(ids) + tf.cast(tf.gather(self.wpe.value, positions), self.compute_dtype)  # (B, T, C)
+        look_up = tf.gather if cache is None else gather_bits
+        x = self.token_embeddings(ids, look_up)  # (B, T, C)
+        x = x + tf.cast(look_up(self.wpe.value, positions), self.compute_dtype)
         x = self.embd_dropout(x, training=training)
         for i, block in enumerate(self.blocks):
             x = block(x, cache=None if cache is None else cache[i], training=training)
         return self.ln_f(x)
 
-    def token_embeddings(self, ids: tf.Tensor) -> tf.Tensor:
+    def token_embeddings(self, ids: tf.Tensor, look_up: Any = tf.gather) -> tf.Tensor:
         """Looks up rows of ``wte``: integers (B, T) -> (B, T, C) in the compute dtype."""
         ids = tf.cast(ids, tf.int32)
-        rows = tf.gather(self.wte.value, ids)  # (B, T, C)
+        rows = look_up(self.wte.value, ids)  # (B, T, C)
         if self.wte_scale is not None:
             rows = tf.cast(rows, tf.float32) * tf.gather(self.wte_scale.value, ids)[..., None]
         return tf.cast(rows, self.compute_dtype)
@@ -167,6 +171,13 @@ class GPT2Model(ParamTree, keras.Model):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPT2Model:
         """Makes a model from what ``get_config`` gave."""
         return cls(**{**config, "config": GPT2Config.from_hparams(config["config"])})
+
+
+def gather_bits(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Gathers as ``tf.gather``, without a gradient; XLA makes a float32 copy of a bfloat16 table that is no bits."""
+    if table.dtype != tf.bfloat16:
+        return tf.gather(table, rows)
+    return tf.bitcast(tf.gather(tf.bitcast(table, tf.uint16), rows), tf.bfloat16)
 
 
 def check_ids(ids: tf.Tensor, config: GPT2Config) -> None:

@@ -57,7 +57,7 @@ class Linear(ParamTree, keras.layers.Layer):
         """Creates ``w`` and ``b``."""
         shape = (self.n_out, self.n_in)
         self.w, self.w_scale = add_matrix(self, "w", shape, stddev=INIT_STDDEV, quantization=self.quantization)
-        self.b = self.add_weight(shape=(self.n_out,), initializer="zeros", name="b")
+        self.b = self.add_weight(shape=(self.n_out,), initializer="zeros", autocast=False, name="b")
 
     def leaf_tree(self) -> Tree:
         """Gives ``{"b", "w"}``."""
@@ -94,8 +94,8 @@ class LayerNorm(ParamTree, keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         """Creates the gain ``g`` and the bias ``b``."""
-        self.g = self.add_weight(shape=(self.n_embd,), initializer="ones", name="g")
-        self.b = self.add_weight(shape=(self.n_embd,), initializer="zeros", name="b")
+        self.g = self.add_weight(shape=(self.n_embd,), initializer="ones", autocast=False, name="g")
+        self.b = self.add_weight(shape=(self.n_embd,), initializer="zeros", autocast=False, name="b")
 
     def leaf_tree(self) -> Tree:
         """Gives ``{"b", "g"}``."""
@@ -159,10 +159,10 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
             mask = causal_mask(tf.shape(x)[1])
         else:
             k, v, mask = cache.update(k, v)
-        scores = tf.matmul(q, k, transpose_b=True)  # (B*H, T, S)
+        scores = tf.matmul(tf.cast(q, k.dtype), k, transpose_b=True)  # (B*H, T, S)
         scores = tf.cast(scores, tf.float32) / math.sqrt(self.n_embd // self.n_head)
         weights = tf.nn.softmax(tf.where(mask, scores, tf.float32.min))
-        weights = self.attn_dropout(tf.cast(weights, v.dtype), training=training)
+        weights = tf.cast(self.attn_dropout(weights, training=training), v.dtype)
         out = self.merge_heads(tf.matmul(weights, v), tf.shape(x)[1])  # (B, T, C)
         return self.resid_dropout(self.c_proj(out), training=training)
 

@@ -47,12 +47,14 @@ def add_matrix(
         zeros.
     """
     if quantization is None:
-        return layer.add_weight(shape=shape, initializer=normal(stddev), name=name), None
+        return layer.add_weight(shape=shape, initializer=normal(stddev), autocast=False, name=name), None
     if quantization != "int8":
         raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")
-    matrix = layer.add_weight(shape=shape, initializer="zeros", dtype="int8", trainable=False, name=name)
+    matrix = layer.add_weight(
+        shape=shape, initializer="zeros", dtype="int8", trainable=False, autocast=False, name=name
+    )
     scale = layer.add_weight(
-        shape=shape[:1], initializer="ones", dtype="float32", trainable=False, name=f"{name}_scale"
+        shape=shape[:1], initializer="ones", dtype="float32", trainable=False, autocast=False, name=f"{name}_scale"
     )
     return matrix, scale
 
