@@ -3,7 +3,9 @@
 Random float32 weights, greedy, no early stop. Each peer is a process of its own that is idle while another runs; the
 machine's read bandwidth, then ours, the bandwidth, Hugging Face, the bandwidth. Machines drift, so ratios are taken
 within such a round, and their median counts. A round in which other programs took more than a twentieth of the
-processor's time is repeated. All that with huge pages for everyone, and again with the default pages. Prefill ends with the first new token. What XLA compiles goes to a new folder, so that the first call compiles; a second
+processor's time is repeated. All that with huge pages for everyone, and again with the default pages.
+
+Prefill ends with the first new token. What XLA compiles goes to a new folder, so that the first call compiles; a second
 process of ours then finds it there. Prints medians, and stores every single time as JSON.
 
     python -m benchmarks.generation
@@ -122,6 +124,7 @@ def compare(
             arguments.pythons[name], name, folder, n_threads=arguments.threads, environment=environment | cache
         )
 
+    wait_until_quiet()
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(start(name)) for name in arguments.pythons}
         firsts = {name: worker.ask(**job) for name, worker in workers.items()}
@@ -134,12 +137,17 @@ def compare(
     }
     with start(OURS) as again:
         peers[OURS]["second_process"] = {"ready_s": again.loaded["ready_s"]} | without_ids(again.ask(**job))
+    rates = compare_rates(peers, rounds, bytes_per_token(config) / len(prompts))
+    return {"environment": environment, "ids_part": parting, "peers": peers} | rates
+
+
+def compare_rates(
+    peers: dict[str, dict[str, Any]], rounds: list[dict[str, list[Any]]], n_bytes: float
+) -> dict[str, Any]:
+    """Puts rates beside each other and beside the ceiling of ``n_bytes`` per token, in each round; gives medians."""
     ceilings = np.array([r["ceilings"] for r in rounds])  # (rounds, peers + 1)
-    per_s = ceilings / reader.buffer.nbytes * len(prompts)
+    per_s = ceilings / n_bytes
     return {
-        "environment": environment,
-        "ids_part": parting,
-        "peers": peers,
         "others_share": [r["others_share"] for r in rounds],
         "ceiling_bytes_per_s": ceilings.tolist(),
         "ceiling_tokens_per_s": float(np.median(per_s)),
