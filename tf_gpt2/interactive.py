@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from tf_gpt2.terminal import (
     find_model,
     generation_settings,
     load_generator,
+    open_stderr,
     quiet_tensorflow,
     write,
 )
@@ -56,7 +56,7 @@ def run_interactive(options: argparse.Namespace) -> None:
     """Takes turns until the input ends."""
     folder, settings = find_model(options), generation_settings(options)
     with (
-        os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace") as stderr,
+        open_stderr() as stderr,
         quiet_tensorflow(show_on_error=options.debug),
     ):
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tf_gpt2.terminal import (
@@ -13,6 +10,7 @@ from tf_gpt2.terminal import (
     add_speed_options,
     find_model,
     load_generator,
+    open_stderr,
     positive,
     quiet_tensorflow,
     write,
@@ -54,8 +52,11 @@ def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run_export(options: argparse.Namespace) -> None:
     """Writes the folder, says on standard error what it does, and prints what it made."""
     model_folder = find_model(options)
-    with steps() as tell, quiet_tensorflow(show_on_error=options.debug):
+    with open_stderr() as stderr, quiet_tensorflow(show_on_error=options.debug):
         from tf_gpt2.serving.export import export_saved_model, size_bytes
+
+        def tell(line: str) -> None:
+            print(line, file=stderr, flush=True)
 
         tell("loading the model")
         made = export_saved_model(
@@ -70,10 +71,3 @@ def run_export(options: argparse.Namespace) -> None:
         )
         write(f"made       {made} ({size_bytes(made) / 1e6:.0f} MB, {options.dtype})\n")
         write(HOW_TO_CALL.format(parent=Path(options.folder).resolve()))
-
-
-@contextlib.contextmanager
-def steps() -> Iterator[Callable[[str], None]]:
-    """Gives what prints lines to standard error, also while that is kept from TensorFlow."""
-    with os.fdopen(os.dup(2), "w", encoding="utf-8") as terminal:
-        yield lambda line: print(line, file=terminal, flush=True)

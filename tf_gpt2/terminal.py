@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tf_gpt2.config import SIZES
 
@@ -117,6 +117,11 @@ def write(text: str) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "replace"))
     sys.stdout.buffer.flush()
+
+
+def open_stderr() -> TextIO:
+    """Opens standard error for what people shall see also while it is kept from TensorFlow."""
+    return os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from tf_gpt2.terminal import (
     add_speed_options,
     find_model,
     load_generator,
+    open_stderr,
     positive,
     quiet_tensorflow,
     read_argument,
@@ -110,7 +110,7 @@ def read_utf8(name: str) -> str:
 def progress_bar() -> Iterator[Progress]:
     """Shows a bar on standard error, also while that is kept from TensorFlow."""
     with (
-        os.fdopen(os.dup(2), "w", encoding="utf-8") as terminal,
+        open_stderr() as terminal,
         tqdm(desc="Scoring", unit=" tokens", file=terminal, leave=False) as bar,
     ):
 

@@ -11,6 +11,7 @@ from reference import lively_params
 
 from tf_gpt2 import Encoder, GPT2Config, GPT2Model, TextGenerator, generate
 from tf_gpt2.serving.graph_loop import power_of_two
+from tf_gpt2.serving.prompts import PromptReader
 from tf_gpt2.serving.signatures import MOST_LOGITS, ServedFunctions
 from tf_gpt2.serving.text import unfinished
 from tf_gpt2.tokenizer.encoder import bytes_to_unicode
@@ -30,13 +31,13 @@ DTYPES |= {"max_new_tokens": tf.int32, "n_tokens": tf.int32}
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "xla"])
 def served(request, generator):
-    functions = ServedFunctions(generator, max_new_tokens=10, xla=request.param).signatures()
+    functions = signatures_of(generator, max_new_tokens=10, xla=request.param)
     return lambda name, **inputs: call(functions[name + "_xla" * request.param], **inputs)
 
 
 @pytest.fixture(scope="module")
 def plain(generator):
-    functions = ServedFunctions(generator, max_new_tokens=10, xla=False).signatures()
+    functions = signatures_of(generator, max_new_tokens=10, xla=False)
     return lambda name, **inputs: call(functions[name], **inputs)
 
 
@@ -49,6 +50,11 @@ def toy(request):
     model = GPT2Model(config, quantization=request.param)
     model.set_weights(lively_params(config))
     return TextGenerator(model, encoder)
+
+
+def signatures_of(generator, **options):
+    reader = PromptReader(generator.encoder, generator.model.config.n_ctx)
+    return ServedFunctions(generator, reader, **options).signatures()
 
 
 def call(function, **inputs):
@@ -113,7 +119,7 @@ def test_the_end_of_text_stops(generator):
     params["ln_f"]["b"] = 30 * params["wte"][generator.encoder.end_of_text]
     params["ln_f"]["g"][:] = 0
     model.set_weights(params)
-    functions = ServedFunctions(TextGenerator(model, generator.encoder), max_new_tokens=10, xla=False).signatures()
+    functions = signatures_of(TextGenerator(model, generator.encoder), max_new_tokens=10, xla=False)
     found = call(functions["generate"], text=["To be", "or"], min_new_tokens=[0, 3])
     assert found["finish_reason"].tolist() == [b"stop", b"stop"]
     assert found["completion_length"].tolist() == [0, 3]
@@ -343,7 +349,7 @@ def test_requests_that_would_not_fit_the_memory_fail(plain, generator):
 
 
 def test_a_vocabulary_without_end_of_text(toy):
-    functions = ServedFunctions(toy, max_new_tokens=5, xla=False).signatures()
+    functions = signatures_of(toy, max_new_tokens=5, xla=False)
     found = call(functions["generate"], text=["hi", "", "hi hi"])
     assert found["finish_reason"][1].decode().startswith("error: text must not be empty")
     assert texts(found)[::2] == toy.generate(["hi", "hi hi"], max_new_tokens=5, jit_compile=False)
@@ -357,7 +363,7 @@ def test_a_vocabulary_without_end_of_text(toy):
 def test_another_dtype(toy):
     functions = {}
     for xla in (False, True):
-        functions |= ServedFunctions(toy, max_new_tokens=5, xla=xla).signatures()
+        functions |= signatures_of(toy, max_new_tokens=5, xla=xla)
     prompts = ["hi there", "oh", "hi hi hi"]
     wanted = toy.complete(prompts, max_new_tokens=9, temperature=1.0, seed=[1, 2, 3], jit_compile=False)
     for name in ("generate", "generate_xla"):

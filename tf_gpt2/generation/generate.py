@@ -16,9 +16,9 @@ import tensorflow as tf
 from tf_gpt2.generation.lookup_run import check_lookup
 from tf_gpt2.generation.loop import State
 from tf_gpt2.generation.prompts import check_prompts, fit_prompts, pad
-from tf_gpt2.generation.run import compile_run
+from tf_gpt2.generation.run import Run, compile_run
 from tf_gpt2.generation.settings import SamplingOptions, check_counts, check_top, make_limits, make_sampling
-from tf_gpt2.generation.windows import start_run
+from tf_gpt2.generation.windows import SlidingRun, start_run
 from tf_gpt2.model.gpt2 import GPT2Model
 
 if TYPE_CHECKING:
@@ -200,18 +200,23 @@ def stream(
             prompt_lookup=prompt_lookup,
             jit_compile=jit_compile,
         )
-        n_steps, n_seen = 1, 0
-        while True:
-            ids = new_ids(run.state, rows)[0]
-            if len(ids) > n_seen:
-                yield ids[n_seen:]
-            n_seen = len(ids)
-            if not run.goes_on:
-                return
-            run.advance(n_steps)
-            n_steps = min(2 * n_steps, CHUNK)
+        yield from in_pieces(run, len(rows[0]))
 
     return pieces()
+
+
+def in_pieces(run: Run | SlidingRun, n_known: int) -> Iterator[list[int]]:
+    """Gives the ids behind the first ``n_known`` of one row as they come: one, then several at a time."""
+    n_steps = 1
+    while True:
+        ids = run.state.ids[0, n_known : int(run.state.lengths[0])].numpy().tolist()
+        if ids:
+            yield ids
+        n_known += len(ids)
+        if not run.goes_on:
+            return
+        run.advance(n_steps)
+        n_steps = min(2 * n_steps, CHUNK)
 
 
 def new_ids(state: State, rows: list[np.ndarray]) -> list[list[int]]:

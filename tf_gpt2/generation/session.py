@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.compiled import Compiled, once_per_model
-from tf_gpt2.generation.generate import CHUNK
+from tf_gpt2.generation.generate import in_pieces
 from tf_gpt2.generation.loop import Limits, State, append, cache_sizes, feed_several, grow
 from tf_gpt2.generation.prompts import pad
 from tf_gpt2.generation.run import Run
@@ -173,18 +173,13 @@ class Session:
             self.finish_reason = None
             run = self._start(whole, sampling, limits)
             self.ids = whole.tolist()
-            n_steps = 1
-            while turn == self._n_turns:  # another turn ends this one
-                new_ids = run.state.ids[0, len(self.ids) : int(run.state.lengths[0])].numpy().tolist()
-                if new_ids:
-                    self.ids += new_ids
-                    yield new_ids
-                if not run.goes_on:
-                    is_long = len(self.ids) - len(whole) == max_new_tokens
-                    self.finish_reason = "stop" if run.state.stopped[0] else "length" if is_long else "context"
+            for new_ids in in_pieces(run, len(whole)):
+                self.ids += new_ids
+                yield new_ids
+                if turn != self._n_turns:  # another turn ends this one
                     return
-                run.advance(n_steps)
-                n_steps = min(2 * n_steps, CHUNK)
+            is_long = len(self.ids) - len(whole) == max_new_tokens
+            self.finish_reason = "stop" if run.state.stopped[0] else "length" if is_long else "context"
 
         return pieces()
 

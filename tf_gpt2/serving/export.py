@@ -22,6 +22,7 @@ from tf_gpt2.generation.settings import check_counts
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.package import package_version
 from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.serving.prompts import PromptReader
 from tf_gpt2.serving.signatures import ServedFunctions
 from tf_gpt2.serving.warmup import RECORDS_PATH, Request, plain_requests, write_warmup_records, xla_requests
 from tf_gpt2.tokenizer.encoder import Encoder
@@ -125,8 +126,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 def trace_signatures(generator: TextGenerator, max_new_tokens: int, xla: bool, tell: OnStep) -> dict[str, Any]:
     """Makes the graph of each signature."""
     functions: dict[str, Any] = {}
+    reader = PromptReader(generator.encoder, generator.model.config.n_ctx)
     for is_compiled in (False, True) if xla else (False,):
-        served = ServedFunctions(generator, max_new_tokens=max_new_tokens, xla=is_compiled)
+        served = ServedFunctions(generator, reader, max_new_tokens=max_new_tokens, xla=is_compiled)
         functions |= served.signatures()
     for name, function in functions.items():
         tell(f"tracing {name}")

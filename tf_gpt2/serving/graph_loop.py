@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, State, decode, grow, prefill
 from tf_gpt2.generation.sampling import Sampling
+from tf_gpt2.generation.scoring import chosen_logprobs
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.products import compiled_loop, shape_of, widened
 
@@ -152,8 +153,7 @@ def logprobs_at(model: GPT2Model, ids: tf.Tensor, targets: tf.Tensor) -> tf.Tens
     targets = tf.reshape(tf.pad(targets, [[0, padding]]), (-1, SCORED_AT_ONCE))
 
     def score_piece(i: tf.Tensor, logprobs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        logits = model.logits(tf.gather(hidden, i))  # (P, V)
-        chosen = tf.gather(logits, tf.gather(targets, i), batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
+        chosen = chosen_logprobs(model, tf.gather(hidden, i), tf.gather(targets, i))  # (P,)
         return i + 1, tf.tensor_scatter_nd_update(logprobs, [[i]], chosen[None])
 
     start = tf.constant(0), tf.zeros_like(targets, tf.float32)

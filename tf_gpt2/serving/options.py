@@ -44,6 +44,11 @@ def option_default(name: str, max_new_tokens: int) -> tf.Tensor:
     return tf.constant([value], option_dtype(name))
 
 
+def neutral(name: str) -> tf.Tensor:
+    """Gives the value that changes nothing, (), for a row that nobody reads."""
+    return option_default(name, 0)[0]
+
+
 class Checked(NamedTuple):
     """Options that can be computed with.
 
@@ -67,8 +72,7 @@ def check_options(given: Options, n_rows: tf.Tensor) -> Checked:
     for name, values in spread.items():
         rule = SERVED_RULES[name]
         errors = first_error(errors, rule.holds(values), f"{name} must be {rule.wanted}")
-    defaults = {name: tf.cast(SERVED_RULES[name].default, values.dtype) for name, values in spread.items()}
-    options = {name: tf.where(errors == "", values, defaults[name]) for name, values in spread.items()}
+    options = {name: tf.where(errors == "", values, neutral(name)) for name, values in spread.items()}
     return Checked(options, errors)
 
 

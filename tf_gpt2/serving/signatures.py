@@ -23,6 +23,7 @@ from tf_gpt2.serving.options import (
     check_options,
     first_error,
     make_sampling,
+    neutral,
     option_default,
     option_dtype,
     require,
@@ -62,14 +63,15 @@ class ServedFunctions:
 
     Args:
         generator: must outlive them.
+        reader: of its vocabulary; plain functions and twins share one, and its tables.
         max_new_tokens: for ``serving_default``, and for clients that do not say.
         xla: whether XLA compiles them.
     """
 
-    def __init__(self, generator: TextGenerator, *, max_new_tokens: int, xla: bool):
+    def __init__(self, generator: TextGenerator, reader: PromptReader, *, max_new_tokens: int, xla: bool):
         self.config = generator.model.config
         self.max_new_tokens = max_new_tokens
-        self.reader = PromptReader(generator.encoder, self.config.n_ctx)
+        self.reader = reader
         self.stop_ids = generator.stop_ids(stop_at_end_of_text=True) or [-1]
         self.loop = GraphLoop(generator.model, xla=xla)
 
@@ -259,11 +261,6 @@ class ServedFunctions:
         sampling = make_sampling(spread, self.config.n_vocab)
         continued = self.loop.generate(prompts, sampling, Limits(pad(limits), tf.constant(self.stop_ids)))
         return Continued(*(x[:n_rows] for x in continued))
-
-
-def neutral(name: str) -> Any:
-    """Gives the value of an option that changes nothing, in its dtype, for a row that nobody reads."""
-    return option_default(name, 0)[0]
 
 
 def name_outputs(found: Generated) -> Outputs:
