@@ -12,7 +12,7 @@ from tf_gpt2.checkpoint.params import leaves, map_leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.model.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
-from tf_gpt2.model.products import gelu, product
+from tf_gpt2.model.products import LARGE, compiled_loop, gelu, plain_loop, product, small_product, softmax
 
 C, H = 12, 3
 BLOCK = lively_params(GPT2Config(n_vocab=1, n_ctx=1, n_embd=C, n_head=H, n_layer=1))["blocks"][0]
@@ -90,6 +90,55 @@ def test_layer_norm_of_constants_is_the_bias():
 def test_one_row_is_multiplied_as_several_are(n_rows, n_out):
     x, w = inputs(n_rows, 5), inputs(n_out, 5, seed=1)
     assert np.asarray(product(x, tf.constant(w))) == pytest.approx(x @ w.T, abs=1e-5)
+
+
+@pytest.mark.parametrize("n_out", [64, LARGE // 512, LARGE // 512 - 1])
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 7, None])
+def test_each_kind_of_loop_multiplies_alike(n_rows, n_out):
+    x, w = inputs(n_rows or 3, 512), tf.Variable(inputs(n_out, 512, seed=1))
+    x = x[:n_rows]
+
+    def multiply(x):
+        return product(x, w)
+
+    for loop in (compiled_loop(), plain_loop([w])):
+        with loop:
+            found = tf.function(multiply, input_signature=[tf.TensorSpec([n_rows, 512])])(x)
+        assert found.numpy() == pytest.approx(x @ w.numpy().T, abs=1e-3)
+
+
+def test_a_plain_loop_keeps_rows_apart():
+    x, w = inputs(3, 512), tf.Variable(inputs(LARGE // 512, 512, seed=1))
+    with plain_loop([w]):
+        alone = product(x, w).numpy()
+        x[1] = np.nan
+        beside = product(x, w).numpy()
+    assert np.array_equal(beside[[0, 2]], alone[[0, 2]])
+    assert np.isnan(beside[1]).all()
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("transpose_b", [False, True])
+def test_small_products_and_their_gradients(n_rows, transpose_b):
+    a = tf.constant(inputs(4, n_rows, 5))
+    b = tf.constant(inputs(4, *((6, 5) if transpose_b else (5, 6)), seed=1))
+
+    def with_gradients(multiply):
+        with tf.GradientTape() as tape:
+            tape.watch((a, b))
+            y = multiply(a, b, transpose_b=transpose_b)
+            loss = tf.reduce_sum(tf.sin(y))
+        return y, *tape.gradient(loss, (a, b))
+
+    for found, wanted in zip(with_gradients(small_product), with_gradients(tf.matmul), strict=True):
+        assert found.numpy() == pytest.approx(wanted.numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_softmax_of_masked_and_large_numbers(n_rows):
+    x = inputs(2, n_rows, 7, scale=100)
+    x[0, :, 3:] = np.finfo(np.float32).min
+    assert softmax(tf.constant(x)).numpy() == pytest.approx(reference.softmax(x.astype(np.float64)), abs=1e-6)
 
 
 GELU_INPUTS = np.array([-1e4, -100, -12, -6, -5.5, -3, -1, -1e-3, -1e-30, 0, 1e-30, 1e-3, 0.5, 2, 5.5, 12, 100, 1e4])

@@ -8,8 +8,9 @@ nothing of text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -17,7 +18,7 @@ from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer, for
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.sampling import Sampling, choose
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import shape_of
+from tf_gpt2.model.products import plain_loop, shape_of
 
 SMALLEST_BUCKET = 16
 SMALLEST_GROWING = 256
@@ -125,6 +126,17 @@ def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n
         return step + 1, decode_step(model, state, sampling, limits)
 
     return tf.while_loop(goes_on, body, (tf.constant(0), state))[1]
+
+
+def plainly(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives ``decode``, or another loop over a model, as it is fastest where XLA does not compile it."""
+
+    @functools.wraps(loop)
+    def in_plain_loop(model: GPT2Model, *args: Any) -> Any:
+        with plain_loop(variable.value for variable in model.variables):
+            return loop(model, *args)
+
+    return in_plain_loop
 
 
 def decode_step(model: GPT2Model, state: State, sampling: Sampling, limits: Limits) -> State:

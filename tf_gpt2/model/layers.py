@@ -18,7 +18,7 @@ import tensorflow as tf
 from tf_gpt2.checkpoint.params import Tree
 from tf_gpt2.config import LAYER_NORM_EPS
 from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, value_of
-from tf_gpt2.model.products import gelu, normalize, product, shape_of
+from tf_gpt2.model.products import gelu, normalize, product, shape_again, shape_of, small_product, softmax
 
 INIT_STDDEV = 0.02
 """Standard deviation of fresh weights. Source: openai/gpt-2, ``src/model.py``, ``conv1d``."""
@@ -161,14 +161,14 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
             k, v, mask = cache.update(k, v)
         weights = self.attn_dropout(self.attention_weights(q, k, mask), training=training)
         weights = tf.cast(weights, v.dtype)
-        out = self.merge_heads(tf.matmul(weights, v), *shape_of(x)[:2])  # (B, T, C)
+        out = self.merge_heads(small_product(weights, v), shape_again(x))  # (B, T, C)
         return self.resid_dropout(self.c_proj(out), training=training)
 
     def attention_weights(self, q: tf.Tensor, k: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         """Says how much each query looks at each key: (B*H, T, D), (B*H, S, D), mask -> float32 (B*H, T, S)."""
-        scores = tf.matmul(tf.cast(q, k.dtype), k, transpose_b=True)  # (B*H, T, S)
+        scores = small_product(tf.cast(q, k.dtype), k, transpose_b=True)  # (B*H, T, S)
         scores = tf.cast(scores, tf.float32) / math.sqrt(self.n_embd // self.n_head)
-        return tf.nn.softmax(tf.where(mask, scores, tf.float32.min))
+        return softmax(tf.where(mask, scores, tf.float32.min))
 
     def split_heads(self, x: tf.Tensor) -> tf.Tensor:
         """Takes (B, T, C) to (B*H, T, D): three axes, because XLA updates a cache of three in place."""
@@ -179,12 +179,13 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         x = tf.reshape(x, (-1, n_positions, self.n_head, head_width))  # (B, T, H, D)
         return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (-1, n_positions, head_width))  # (B*H, T, D)
 
-    def merge_heads(self, x: tf.Tensor, n_rows: int | tf.Tensor, n_positions: int | tf.Tensor) -> tf.Tensor:
-        """Takes (B*H, T, D) back to (B, T, C)."""
+    def merge_heads(self, x: tf.Tensor, shape: list[int | tf.Tensor]) -> tf.Tensor:
+        """Takes (B*H, T, D) back to ``shape``, (B, T, C)."""
         if x.shape[1] == 1:
-            return tf.reshape(x, (n_rows, 1, self.n_embd))  # (B, 1, C)
+            return tf.reshape(x, shape)  # (B, 1, C)
+        n_rows, n_positions, _ = shape
         x = tf.reshape(x, (n_rows, self.n_head, n_positions, self.n_embd // self.n_head))  # (B, H, T, D)
-        return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (n_rows, n_positions, self.n_embd))  # (B, T, C)
+        return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), shape)  # (B, T, C)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Keeps the shape."""

@@ -11,16 +11,18 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType
 
 import tensorflow as tf
 
 Transpose = Callable[[tf.Tensor, tf.DType], tf.Tensor]
 """Gives a weight (n_out, n_in) as (n_in, n_out), of some dtype."""
 
+LARGE = 2**19
+"""Numbers in a weight from which on ``plain_product`` puts it first."""
+
 _transpose: contextvars.ContextVar[Transpose | None] = contextvars.ContextVar("transpose", default=None)
-_wide_weights: contextvars.ContextVar[Mapping[int, tf.Tensor]] = contextvars.ContextVar(
-    "wide_weights", default=MappingProxyType({})
+_wide_weights: contextvars.ContextVar[Mapping[int, tf.Tensor] | None] = contextvars.ContextVar(
+    "wide_weights", default=None
 )
 
 
@@ -39,10 +41,11 @@ def compiled_loop(transpose: Transpose | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def widened(weights: Iterable[tf.Variable]) -> Iterator[None]:
-    """Lets products inside use float32 copies of 8-bit weights, which are made here, once.
+def plain_loop(weights: Iterable[tf.Variable]) -> Iterator[None]:
+    """Says that what is traced inside is the body of a loop that XLA does not compile.
 
-    For a loop that XLA does not compile: it would cast each weight at each step. The copies live as long as the loop.
+    Products inside use float32 copies of 8-bit weights, which are made here, once, and live as long as the loop; they
+    would be cast at each step.
     """
     wide = {id(w): tf.cast(w, tf.float32) for w in weights if w.dtype == tf.int8}
     token = _wide_weights.set(wide)
@@ -63,10 +66,12 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
     Returns:
         Floats (..., n_out), of the dtype of ``x``.
     """
-    w = _wide_weights.get().get(id(w), w)
     n_out, n_in = w.shape
     rows = tf.reshape(x, (-1, n_in))
-    if rows.shape[0] == 1:
+    wide_weights = _wide_weights.get()
+    if wide_weights is not None:
+        y = plain_product(rows, wide_weights.get(id(w), w))
+    elif rows.shape[0] == 1:
         y = one_row_product(rows, w)
     elif rows.shape[0] == 2 and w.dtype == tf.int8:  # reading 8 bits twice is less than making floats of them once
         y = tf.concat([one_row_product(row, w) for row in tf.split(rows, 2)], axis=0)
@@ -77,13 +82,19 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
     else:
         y = tf.matmul(rows, tf.cast(w, x.dtype), transpose_b=True)
     y = y if scale is None else y * tf.cast(scale, x.dtype)
-    return tf.reshape(y, (*shape_of(x)[:-1], n_out))
+    return tf.reshape(y, (*shape_again(x)[:-1], n_out))
 
 
 def shape_of(x: tf.Tensor) -> list[int | tf.Tensor]:
     """Gives a shape in numbers where they are known; where not, as tensors, each of which is more to trace."""
     sizes = tf.shape(x) if None in x.shape else x.shape
     return [sizes[axis] if size is None else size for axis, size in enumerate(x.shape)]
+
+
+def shape_again(x: tf.Tensor) -> list[int | tf.Tensor]:
+    """Gives a shape for ``tf.reshape``: -1 for a size that is the only unknown one, which computes nothing."""
+    sizes = [-1 if size is None else size for size in x.shape]
+    return sizes if sizes.count(-1) <= 1 else shape_of(x)
 
 
 def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
@@ -96,6 +107,33 @@ def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
     parts = tf.split(w, (half, w.shape[0] - half))
     y = tf.concat([tf.matmul(x, part, transpose_b=True) for part in parts], axis=-1)
     return tf.cast(y, row.dtype)
+
+
+def plain_product(rows: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+    """Multiplies few rows, (B, n_in), outside of XLA.
+
+    oneDNN is up to 2.5 times as fast with a large matrix first; a small one is multiplied in less time than it takes to
+    transpose the outcome.
+    """
+    w = tf.cast(w, rows.dtype)
+    if rows.shape[0] == 1 or w.shape.num_elements() < LARGE:
+        return tf.matmul(rows, w, transpose_b=True)
+    return tf.transpose(tf.matmul(w, rows, transpose_b=True))
+
+
+def small_product(a: tf.Tensor, b: tf.Tensor, *, transpose_b: bool = False) -> tf.Tensor:
+    """Computes ``tf.matmul``; of one row, (..., 1, n), without oneDNN, which takes some 50 microseconds to begin."""
+    if a.shape[-2] != 1:
+        return tf.matmul(a, b, transpose_b=transpose_b)
+    return tf.raw_ops.BatchMatMulV3(x=a, y=b, Tout=a.dtype, adj_x=False, adj_y=transpose_b)
+
+
+def softmax(x: tf.Tensor) -> tf.Tensor:
+    """Computes ``tf.nn.softmax``; of one row, (..., 1, n), without oneDNN too."""
+    if x.shape[-2] != 1:
+        return tf.nn.softmax(x)
+    powers = tf.exp(x - tf.reduce_max(x, axis=-1, keepdims=True))
+    return powers / tf.reduce_sum(powers, axis=-1, keepdims=True)
 
 
 def transposed_once(w: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
