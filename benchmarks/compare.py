@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import fnmatch
 import json
 import os
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ceiling import Reader, available_cores, bytes_per_token, describe_machine, measure_gemm
+from benchmarks.ceiling import Reader, available_cores, bytes_per_token, measure_gemm
 from benchmarks.engines import (
     ENGINES,
     JOBS,
@@ -46,6 +45,7 @@ from benchmarks.engines import (
 )
 from benchmarks.goals import check_goals
 from benchmarks.peers.protocol import Worker, run_prepare, write_model
+from benchmarks.report import start_report, store
 from benchmarks.rounds import count_disturbed, find_parting, measure, wait_until_quiet
 from benchmarks.summary import find_slower, summarize
 from benchmarks.tables import print_result
@@ -67,9 +67,7 @@ def main() -> int:
     result["summary"] = summarize(result)
     result["goals"] = check_goals(result)
     print_result(result)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\nstored in {arguments.output}")
+    store(result, arguments.output)
     slower = find_slower(stored, result, arguments.margin) if stored else []
     if stored:
         print(f"slower than in {arguments.against} by more than {arguments.margin:.0%}: {len(slower) or 'nothing'}")
@@ -133,10 +131,7 @@ class Comparison:
                 with self.start(engine) as worker:
                     self.first_call(engine, worker)
         return {
-            "benchmark": "compare",
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "machine": describe_machine(),
-            "settings": {name: getattr(arguments, name) for name in ("size", "pages", "threads", "repetitions")},
+            **start_report("compare", arguments, "size", "pages", "threads", "repetitions"),
             "jobs": {job: JOBS[job]._asdict() for job in arguments.jobs},
             "bytes_per_token": n_bytes,
             "weight_bytes": 4 * n_params,

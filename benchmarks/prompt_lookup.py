@@ -18,8 +18,6 @@ int8 weights it is too much, so that look-up is for float32 only.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import time
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ceiling import describe_machine
+from benchmarks.report import start_report, store
 from benchmarks.rounds import busy_s
 from tf_gpt2 import GPT2Model, TextGenerator
 from tf_gpt2.checkpoint.download import embedded_dir
@@ -49,11 +47,8 @@ N_TRAPS = 4
 def main() -> None:
     arguments = parse_arguments()
     result: dict[str, Any] = {
-        "benchmark": "prompt_lookup",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
+        **start_report("prompt_lookup", arguments, "sizes", "n_tokens", "repetitions"),
         "pages": os.environ.get("GLIBC_TUNABLES", "default"),
-        "settings": {name: getattr(arguments, name) for name in ("sizes", "n_tokens", "repetitions")},
         "four_rows": [],
         "cases": [],
     }
@@ -67,8 +62,7 @@ def main() -> None:
                 case = measure(model, [prompt] * batch, options, arguments)
                 result["cases"].append({"size": size, "case": name, "batch": batch, **case})
                 print_case(result["cases"][-1])
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    store(result, arguments.output)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,8 +12,6 @@ Needs a C++ compiler.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import tempfile
 import time
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.ceiling import describe_machine
+from benchmarks.report import start_report, store
 from benchmarks.rounds import wait_until_quiet
 from tests.serving.loader import Loader, build
 from tf_gpt2 import TextGenerator, export_saved_model, generate
@@ -45,11 +43,9 @@ Timed = Callable[[], tuple[list[list[int]], float]]
 def main() -> None:
     arguments = parse_arguments()
     result: dict[str, Any] = {
-        "benchmark": "serving",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
+        **start_report("serving", arguments, "n_tokens", "repetitions"),
         "versions": {"tensorflow": tf.__version__},
-        "settings": {"prompt": PROMPT, **{name: getattr(arguments, name) for name in ("n_tokens", "repetitions")}},
+        "prompt": PROMPT,
         "models": [],
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,8 +55,7 @@ def main() -> None:
                 found = measure_model(folder, dtype, program, Path(scratch), arguments)
                 result["models"].append(found)
                 print_model(found)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    store(result, arguments.output)
 
 
 def parse_arguments() -> argparse.Namespace:

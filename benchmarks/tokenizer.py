@@ -13,13 +13,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import os
-import platform
 import statistics
 import sysconfig
 import time
@@ -30,6 +26,7 @@ from typing import Any
 
 import tiktoken
 
+from benchmarks.report import start_report, store
 from tf_gpt2.tokenizer.encoder import END_OF_TEXT, PATTERN, Encoder
 
 RESULTS = Path(__file__).parent / "results" / "tokenizer.json"
@@ -46,17 +43,14 @@ def main() -> None:
         raise SystemExit("Encoder and tiktoken give different ids: there is nothing to time")
     times_s = measure(encoder, peer, text, arguments.repetitions)
     result = {
-        "benchmark": "tokenizer",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
+        **start_report("tokenizer", arguments, "repetitions"),
         "versions": {name: importlib.metadata.version(name) for name in ("regex", "tiktoken")},
         "text": describe_text(text, arguments.text) | {"n_tokens": len(ids), "n_cache_entries": len(encoder.cache)},
         **summarize(times_s, len(text.encode("utf-8"))),
         "times_s": times_s,
     }
     print_result(result)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    store(result, arguments.output)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -149,15 +143,6 @@ def describe_text(text: str, path: Path | None) -> dict[str, Any]:
         path.name if path else "help topics, docstrings and comments of Python's standard library, without its tests"
     )
     return {"source": source, "n_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def describe_machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return {"cpu": model, "n_cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
 
 
 def print_result(result: dict[str, Any]) -> None:
