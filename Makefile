@@ -55,6 +55,7 @@ bench-store: .venv/test.stamp  ## measure, and store the results in benchmarks/r
 	$(BIN)/python -m benchmarks.in_graph_tokenizer
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.prompt_lookup
+	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.compare --output benchmarks/results/compare.json
 

@@ -1,6 +1,8 @@
 """Text in, text out, on the embedded checkpoint; and OpenAI's own text, where OpenAI's weights are at hand."""
 
 import dataclasses
+import importlib
+import itertools
 import os
 import shutil
 import time
@@ -23,6 +25,7 @@ from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.pipeline import TextGenerator
 from tf_gpt2.tokenizer.encoder import Encoder
 
+generate_module = importlib.import_module("tf_gpt2.generation.generate")
 PROMPTS = ["To be", "Where art thou", "ROMEO:\n"]
 
 
@@ -278,9 +281,11 @@ def test_pieces_joined_are_the_text(generator, prompt, seed, temperature, stop, 
     assert not any(one in whole for one in stop)
 
 
-def test_the_first_piece_comes_first_and_the_rest_in_growing_pieces(generator, monkeypatch):
+def test_the_first_piece_comes_first_and_the_rest_in_good_time(generator, monkeypatch):
     steps, advance = [], Run.advance
+    clock = itertools.count()  # each look at it is a second later
     monkeypatch.setattr(Run, "advance", lambda run, n: (steps.append(n), advance(run, n)))
+    monkeypatch.setattr(generate_module.time, "perf_counter", lambda: float(next(clock)))
     pieces = generator.stream("To be", max_new_tokens=60, jit_compile=False)
     assert steps == []
     first = next(pieces)
@@ -290,8 +295,11 @@ def test_the_first_piece_comes_first_and_the_rest_in_growing_pieces(generator, m
     assert steps == [1]
     pieces.close()
     assert steps == [1]
-    list(generator.stream("To be", max_new_tokens=60, jit_compile=False))
-    assert steps[1:] == [1, 2, 4, 8, 16, 16, 16]
+    for piece_s, wanted in {0.5: [1] * 59, 1.0: [1] * 59, 3.0: [1, 3, 9, 27, 81], 1000.0: [1, 1000]}.items():
+        monkeypatch.setattr(generate_module, "PIECE_S", piece_s)
+        steps.clear()
+        list(generator.stream("To be", max_new_tokens=60, jit_compile=False))
+        assert steps == wanted
 
 
 def test_streamed_and_compiled_is_the_same(generator):

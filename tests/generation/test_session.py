@@ -108,6 +108,7 @@ def test_an_interrupt_anywhere_leaves_the_state_right(model, n_calls, monkeypatc
     session = Session(model, jit_compile=False)
     first = take(session, TURNS[0], max_new_tokens=5)
     run, calls = session._run, []
+    monkeypatch.setattr("tf_gpt2.generation.generate.PIECE_S", 0)  # one token at a time
     for name in ("advance", "extend"):
         step = getattr(run, name)
 

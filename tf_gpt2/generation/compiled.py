@@ -28,12 +28,16 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], model: GPT2Model, *, jit_compile: bool):
         self.function = tf.function(bind_weakly(function, model), jit_compile=jit_compile, autograph=False)
+        self._traced: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Calls it without TensorFlow's warning of frequent tracing: another shape is meant to trace."""
         if tf.config.functions_run_eagerly():  # someone looks for a fault
             return self.function(*args)
-        return self.function.get_concrete_function(*args)(*args)
+        key = tuple(x if isinstance(x, int) else (tuple(x.shape), x.dtype) for x in tf.nest.flatten(args))
+        if key not in self._traced:  # TensorFlow looks longer for it
+            self._traced[key] = self.function.get_concrete_function(*args)
+        return self._traced[key](*args)
 
     @property
     def n_traces(self) -> int:

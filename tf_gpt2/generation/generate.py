@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 CHUNK = 16
-"""Steps between two looks at what there is. Each call of the compiled loop copies the cache once."""
+"""Steps between two looks at whether texts are complete. Each call of the compiled loop copies the cache once."""
+
+PIECE_S = 0.1
+"""Seconds from one piece of a stream to the next, if steps do not take longer: to a reader it flows."""
 
 
 class Timings(NamedTuple):
@@ -206,17 +209,24 @@ def stream(
 
 
 def in_pieces(run: Run | SlidingRun, n_known: int) -> Iterator[list[int]]:
-    """Gives the ids behind the first ``n_known`` of one row as they come: one, then several at a time."""
+    """Gives the ids behind the first ``n_known`` of one row as they come: the first two alone, then more at a time."""
     n_steps = 1
     while True:
-        ids = run.state.ids[0, n_known : int(run.state.lengths[0])].numpy().tolist()
+        ids = run.state.ids.numpy()[0, n_known : length_of(run)].tolist()
         if ids:
             yield ids
         n_known += len(ids)
         if not run.goes_on:
             return
+        start_s = time.perf_counter()
         run.advance(n_steps)
-        n_steps = min(2 * n_steps, CHUNK)
+        tokens_per_s = (length_of(run) - n_known) / (time.perf_counter() - start_s)
+        n_steps = max(1, int(tokens_per_s * PIECE_S))
+
+
+def length_of(run: Run | SlidingRun) -> int:
+    """Gives the number of tokens of the first row; by way of NumPy, as slicing a tensor takes longer."""
+    return int(run.state.lengths.numpy()[0])
 
 
 def new_ids(state: State, rows: list[np.ndarray]) -> list[list[int]]:
