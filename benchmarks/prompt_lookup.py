@@ -140,7 +140,7 @@ def measure(
 
 
 def count_passes(model: GPT2Model, prompts: list[list[int]], asked: dict[str, Any]) -> int:
-    """Counts passes over the model with look-up, the one that reads the prompt included."""
+    """Counts passes with look-up, the one that reads the prompt included; as if no model were too small."""
     options = {name: value for name, value in asked.items() if name != "max_new_tokens"}
     rows = check_prompts(prompts, model.config)
     sampling = make_sampling(len(rows), model.config, **options)

@@ -35,6 +35,12 @@ def repetitive_params(seed=0, config=CONFIG):
     return params
 
 
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    """Uses look-up for the small models here too."""
+    monkeypatch.setattr(lookup_run, "SMALLEST", 0)
+
+
 @pytest.fixture(scope="module")
 def model():
     model = GPT2Model(CONFIG)
@@ -303,3 +309,12 @@ def test_the_loops_copy_neither_cache_nor_weight():
 def test_what_it_is_not_for_is_refused(options, function):
     with pytest.raises(ValueError, match=r"^prompt_lookup must be False .* float32"):
         function(GPT2Model(CONFIG, **options), [1], prompt_lookup=True)
+
+
+def test_a_small_model_does_without(model, runs, monkeypatch):
+    options = {"max_new_tokens": 30, "jit_compile": False}
+    for smallest, n_runs in ((CONFIG.n_params + 1, 0), (CONFIG.n_params, 1)):
+        monkeypatch.setattr(lookup_run, "SMALLEST", smallest)
+        found = generate(model, PROMPTS, prompt_lookup=True, **options)
+        assert found.ids == generate(model, PROMPTS, **options).ids
+        assert len(runs) == n_runs

@@ -13,6 +13,9 @@ from tf_gpt2.generation.run import Run
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.products import compiled_loop
 
+SMALLEST = 3_000_000
+"""Parameters from which on look-up is used: a step of a smaller model is too short to gain what the rest costs."""
+
 
 class LookupRun(Run):
     """A ``Run`` that gives the same and may need fewer passes; the arguments are those of ``Run``.
@@ -58,6 +61,11 @@ def check_lookup(model: GPT2Model, *, prompt_lookup: bool, overflow: str, n_top:
             f"prompt_lookup must be False for a model that computes in {model.compute_dtype} with "
             f"quantization={model.quantization!r}: it pays only in float32, without quantization"
         )
+
+
+def is_worth_it(model: GPT2Model) -> bool:
+    """Says whether the model is large enough for look-up."""
+    return model.config.n_params >= SMALLEST
 
 
 class LookupLoop:
