@@ -1,6 +1,7 @@
 """How a process is set up: what is decided for the user, and that the user's own choice stands."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,3 +98,15 @@ def test_the_users_allocator_stays(monkeypatch):
     monkeypatch.setenv(process.ALLOCATOR, "false")
     process.give_memory_back()
     assert os.environ[process.ALLOCATOR] == "false"
+
+
+def test_garbage_is_looked_for_seldom_and_not_at_exit():
+    code = """
+import atexit, gc
+from tf_gpt2.process import collect_seldom
+atexit.register(lambda: print(gc.get_freeze_count() > 0))  # called after what was registered later
+collect_seldom()
+print(gc.isenabled(), gc.get_threshold()[0] > 10_000)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "True", "True"]

@@ -17,7 +17,7 @@ from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.errors import GPT2Error
 from tf_gpt2.interactive import add_interactive
 from tf_gpt2.package import package_version
-from tf_gpt2.process import restart_with_huge_pages
+from tf_gpt2.process import collect_seldom, restart_with_huge_pages
 from tf_gpt2.serving_commands import add_export
 from tf_gpt2.terminal import (
     add_generation_options,
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(with_underscores(sys.argv[1:] if arguments is None else arguments))
     if arguments is None and getattr(options, "computes", False):
         restart_with_huge_pages()
+        collect_seldom()
     try:
         options.run(options)
         sys.stdout.flush()
