@@ -5,6 +5,8 @@ PROMPT ?= To be
 export PROMPT
 
 BIN := .venv/bin
+# two at a time: each test is mostly one thread, and each process has TensorFlow's gigabyte
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 SETUP := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
@@ -19,14 +21,14 @@ run: .venv/run.stamp  ## text from the embedded checkpoint: make run PROMPT="To 
 test: lint types layers test-only  ## all checks that need no peer
 
 test-only: .venv/test.stamp
-	$(BIN)/python -m pytest --ignore tests/serving
+	$(PYTEST) --ignore tests/serving
 
 test-serving: .venv/test.stamp  ## the SavedModel in the loader of TensorFlow Serving, and without Python; takes minutes
-	$(BIN)/python -m pytest tests/serving
+	$(PYTEST) tests/serving
 
 test-peers: .venv/test.stamp  ## compare with Hugging Face's GPT-2 on the same weights
 	$(BIN)/python -m benchmarks.environments huggingface
-	TF_GPT2_PEERS_DIR=.peers $(BIN)/python -m pytest tests/peers
+	TF_GPT2_PEERS_DIR=.peers $(PYTEST) tests/peers
 
 fuzz: .venv/test.stamp  ## compare the tokenizer in the graph with Encoder on 200,000 random strings
 	$(BIN)/python tests/tokenizer/fuzz_in_graph.py
