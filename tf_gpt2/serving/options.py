@@ -80,19 +80,24 @@ def per_row(name: str, values: tf.Tensor, n_rows: tf.Tensor) -> tf.Tensor:
     """Gives (B,) from (B,) or (1,)."""
     n_values = tf.size(values)
     fits = (n_values == 1) | (n_values == n_rows)
-    with require(fits, f"{name} must have one value, or one per row, got", n_values, "for", n_rows, "rows"):
-        return tf.broadcast_to(values, [n_rows])
+    sentence = (f"{name} must have one value, or one per row, got", n_values, "for", n_rows, "rows")
+    return tf.broadcast_to(require(values, fits, *sentence), [n_rows])
 
 
-def require(condition: tf.Tensor, *message: str | tf.Tensor) -> Any:
-    """Fails the request when a condition does not hold and what is computed inside is wanted.
+def require(values: Any, condition: tf.Tensor, *message: str | tf.Tensor) -> Any:
+    """Gives tensors, or fails the request when a condition does not hold.
+
+    Compute with what it gives: operations on the tensors before would run beside the check, and may fail first with
+    words that help nobody.
 
     Args:
+        values: a tensor, or a tuple of them.
         condition: bool ().
         *message: words and integers.
     """
     words = [word if isinstance(word, str) else tf.strings.as_string(word) for word in message]
-    return tf.control_dependencies([tf.debugging.Assert(condition, [tf.strings.join(words, " ")])])
+    with tf.control_dependencies([tf.debugging.Assert(condition, [tf.strings.join(words, " ")])]):
+        return tf.nest.map_structure(tf.identity, values)
 
 
 def first_error(errors: tf.Tensor, holds: tf.Tensor, sentence: str | tf.Tensor) -> tf.Tensor:

@@ -97,12 +97,10 @@ def cut(ids: tf.RaggedTensor, starts: tf.Tensor, lengths: tf.Tensor) -> tf.Tenso
 
 def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: int, least_tokens: int = 0) -> Rows:
     """Checks rows of ids that a client sent: int32 (B, T), int32 (B,)."""
-    n_rows, width = tf.shape(ids)[0], tf.shape(ids)[1]
-    n_lengths = tf.size(lengths)
-    with require(
-        n_lengths == n_rows, "lengths must have one value per row of ids, got", n_lengths, "for", n_rows, "rows"
-    ):
-        errors = tf.fill([n_rows], "")
+    n_lengths, n_rows = tf.size(lengths), tf.shape(ids)[0]
+    sentence = ("lengths must have one value per row of ids, got", n_lengths, "for", n_rows, "rows")
+    ids, lengths = require((ids, lengths), n_lengths == n_rows, *sentence)
+    width = tf.shape(ids)[1]
     limit = tf.minimum(width, most_tokens)
     sentence = tf.strings.join(
         [
@@ -112,7 +110,7 @@ def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: 
             tf.strings.as_string(lengths),
         ]
     )
-    errors = first_error(errors, (lengths >= least_tokens) & (lengths <= limit), sentence)
+    errors = first_error(tf.fill(tf.shape(lengths), ""), (lengths >= least_tokens) & (lengths <= limit), sentence)
     is_inside = tf.range(width)[None] < lengths[:, None]
     is_valid = tf.reduce_all(~is_inside | ((ids >= 0) & (ids < n_vocab)), axis=1)
     errors = first_error(errors, is_valid, f"ids must lie in [0, {n_vocab})")
@@ -122,7 +120,10 @@ def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: 
 
 
 def join(first: Rows, second: Rows) -> Rows:
-    """Puts rows behind rows; the errors of the first count before those of the second."""
+    """Puts ids behind texts, row by row; the errors of the texts count before those of the ids."""
+    n_first, n_second = tf.size(first.lengths), tf.size(second.lengths)
+    sentence = ("ids must have one row per text, got", n_second, "for", n_first, "texts")
+    first, second = require((first, second), n_first == n_second, *sentence)
     errors = first_error(first.errors, second.errors == "", second.errors)
     lengths = tf.where(errors == "", first.lengths + second.lengths, 0)
     both = tf.concat([first.ids, second.ids], axis=1)  # (B, T1 + T2)

@@ -187,9 +187,10 @@ class ServedFunctions:
         n_rows, width = tf.shape(ids)[0], tf.shape(ids)[1]
         n_places = tf.size(ids, out_type=tf.int64)
         most_places = MOST_LOGITS // n_vocab
-        with require(n_places <= most_places, f"ids must have at most {most_places} places in all, got", n_places):
-            padded = self._pad(rows.ids)
-        logits = self.loop.logits(padded)[:n_rows]  # (B, T', V)
+        sentence = (f"ids must have at most {most_places} places in all, got", n_places)
+        logits = self.loop.logits(self._pad(require(rows.ids, n_places <= most_places, *sentence)))[
+            :n_rows
+        ]  # (B, T', V)
         logits = tf.pad(logits, [[0, 0], [0, tf.maximum(width - tf.shape(logits)[1], 0)], [0, 0]])[:, :width]
         is_inside = tf.range(width)[None] < rows.lengths[:, None]  # (B, T)
         logits = tf.where(is_inside[..., None], logits, 0.0)
@@ -204,7 +205,9 @@ class ServedFunctions:
     def decode(self, ids: tf.Tensor, lengths: tf.Tensor) -> Outputs:
         """Turns ids into texts; U+FFFD for an id that there is not."""
         rows = check_ids(ids, lengths, n_vocab=2**31 - 1, most_tokens=2**31 - 1)
-        return {"text": certain_text(self.reader.in_graph, rows.ids, rows.lengths, tf.fill(tf.shape(lengths), True))}
+        return {
+            "text": certain_text(self.reader.in_graph, rows.ids, rows.lengths, tf.fill(tf.shape(rows.lengths), True))
+        }
 
     def _text(self, found: Generated) -> tf.Tensor:
         return certain_text(self.reader.in_graph, found.ids, found.lengths, found.finish_reason != "")
@@ -215,8 +218,8 @@ class ServedFunctions:
         width = self.loop.n_positions(tf.shape(ids)[1])
         n_places = n_rows * (width if n_positions is None else n_positions)
         most = f"a request must have at most {MOST_POSITIONS} positions, rows times tokens, got"
-        with require(n_places <= MOST_POSITIONS, most, n_places, "; send fewer rows"):
-            return tf.pad(ids, [[0, n_rows - tf.shape(ids)[0]], [0, width - tf.shape(ids)[1]]])
+        ids = require(ids, n_places <= MOST_POSITIONS, most, n_places, "; send fewer rows")
+        return tf.pad(ids, [[0, n_rows - tf.shape(ids)[0]], [0, width - tf.shape(ids)[1]]])
 
     def _generate(self, rows: Rows, prompt_lengths: tf.Tensor, options: Options) -> Generated:
         """Continues rows up to what their options say; rows with an error stay as they are."""
