@@ -63,8 +63,8 @@ def check_lookup(model: GPT2Model, *, prompt_lookup: bool, overflow: str, n_top:
         )
 
 
-def is_worth_it(model: GPT2Model) -> bool:
-    """Says whether the model is large enough for look-up."""
+def is_large_enough(model: GPT2Model) -> bool:
+    """Says whether look-up can make the model faster."""
     return model.config.n_params >= SMALLEST
 
 

@@ -18,7 +18,7 @@ from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer, for
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.sampling import Sampling, choose
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import plain_loop, shape_of
+from tf_gpt2.model.products import compiled_loop, plain_loop, shape_of
 
 SMALLEST_BUCKET = 16
 SMALLEST_GROWING = 256
@@ -128,8 +128,10 @@ def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n
     return tf.while_loop(goes_on, body, (tf.constant(0), state))[1]
 
 
-def plainly(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives ``decode``, or another loop over a model, as it is fastest where XLA does not compile it."""
+def as_fast_loop(loop: Callable[..., Any], *, jit_compile: bool) -> Callable[..., Any]:
+    """Gives ``decode``, or another loop over a model, as it is fastest with XLA or without."""
+    if jit_compile:
+        return compiled_loop()(loop)
 
     @functools.wraps(loop)
     def in_plain_loop(model: GPT2Model, *args: Any) -> Any:

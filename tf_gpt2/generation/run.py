@@ -11,10 +11,9 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gpt2.generation.compiled import Compiled, once_per_model
-from tf_gpt2.generation.loop import Limits, State, cache_sizes, decode, grow, is_active, plainly, prefill
+from tf_gpt2.generation.loop import Limits, State, as_fast_loop, cache_sizes, decode, grow, is_active, prefill
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import compiled_loop
 
 
 class Run:
@@ -109,9 +108,8 @@ class CompiledLoop:
         prefill: Callable[..., Any] = prefill,
         decode: Callable[..., Any] = decode,
     ):
-        decode_loop = compiled_loop()(decode) if jit_compile else plainly(decode)
         self.prefill = Compiled(prefill, model, jit_compile=jit_compile)
-        self.decode = Compiled(decode_loop, model, jit_compile=jit_compile)
+        self.decode = Compiled(as_fast_loop(decode, jit_compile=jit_compile), model, jit_compile=jit_compile)
 
     @property
     def n_traces(self) -> int:

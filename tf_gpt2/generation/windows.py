@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_gpt2.generation.lookup_run import LookupRun, is_worth_it
+from tf_gpt2.generation.lookup_run import LookupRun, is_large_enough
 from tf_gpt2.generation.loop import Limits, State
 from tf_gpt2.generation.prompts import SLIDE, pad, pad_rows, window_start
 from tf_gpt2.generation.run import Run
@@ -36,7 +36,7 @@ def start_run(
     """Reads the prompts, and gives what goes on from there: past the window where ``overflow`` says so."""
     kept: Any = {"n_top": n_top, "jit_compile": jit_compile}
     if overflow != SLIDE:
-        run = LookupRun if prompt_lookup and is_worth_it(model) else Run
+        run = LookupRun if prompt_lookup and is_large_enough(model) else Run
         return run(model, *pad(prompts, model.config), sampling, limits, n_samples=n_samples, **kept)
     rows = [prompt for prompt in prompts for _ in range(n_samples)]
     return SlidingRun(model, rows, sampling, limits.stop_ids, max_new_tokens=max_new_tokens, **kept)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, decode, grow, plainly, prefill
+from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, as_fast_loop, decode, grow, prefill
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.scoring import chosen_logprobs
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import compiled_loop, shape_of
+from tf_gpt2.model.products import shape_of
 
 SCORED_AT_ONCE = 256
 """Positions whose logits are in memory at one time."""
@@ -63,7 +63,7 @@ class GraphLoop:
         self.model = model
         self.xla = xla
         self._prefill = self._function(prefill)
-        self._decode = self._function(compiled_loop()(decode) if xla else plainly(decode))
+        self._decode = self._function(as_fast_loop(decode, jit_compile=xla))
         self._logprobs = self._function(logprobs_at)
         self._hidden_states = self._function(lambda model, ids: model.hidden_states(ids))
         self._logits = self._function(lambda model, ids: model.logits(model.hidden_states(ids)))
