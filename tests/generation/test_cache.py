@@ -16,6 +16,7 @@ from tf_gpt2.generation.generate import make_limits, make_sampling
 from tf_gpt2.generation.loop import grow
 from tf_gpt2.generation.run import CompiledLoop
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.products import MOST_ROWS_APART
 
 # two heads of width 32, 24 or 64 places: no weight has the shape of the cache
 CONFIG = GPT2Config(n_vocab=200, n_ctx=72, n_embd=64, n_head=2, n_layer=2)
@@ -67,7 +68,7 @@ def loop_body(text):
     assert len(waiting) == 1
     for name in waiting:  # grows
         for line in blocks[name].splitlines()[1:-1]:
-            waiting += re.findall(r" call\(.*?to_apply=(%[\w.-]+)", line)
+            waiting += re.findall(r" (?:call\(.*?to_apply|while\(.*?body)=(%[\w.-]+)", line)
             match = re.match(r"\s+(?:ROOT )?(%[\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", line)
             if match:
                 name, dtype, shape, operation = match.groups()
@@ -90,6 +91,7 @@ PROGRAMS = {
     "two rows": (2, {}),
     "int8": (1, {"quantization": "int8"}),
     "int8, two rows": (2, {"quantization": "int8"}),
+    "int8, nine rows": (9, {"quantization": "int8"}),
     "bfloat16": (1, {"dtype": "bfloat16"}),
 }
 
@@ -124,7 +126,9 @@ def test_the_loop_copies_no_weight(program):
     body = loop_body(text)
     shapes = {shape for _, _, shape, _ in body}
     assert all(weight in shapes or weight[::-1] in shapes for weight in WEIGHTS)
-    widens = n_rows > 1 and stored == "int8"  # one matrix at a time, in memory that the next one takes over
+    widens = (
+        n_rows > MOST_ROWS_APART and stored == "int8"
+    )  # one matrix at a time, in memory that the next one takes over
     assert widens or made_anew(body, FORMS) == []
     # and the loop is given no wider copy of them, made before it
     given = [(shape, dtype) for _, dtype, shape, operation in body if operation == "get-tuple-element"]

@@ -12,7 +12,16 @@ from tf_gpt2.checkpoint.params import leaves, map_leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.model.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
-from tf_gpt2.model.products import LARGE, compiled_loop, gelu, plain_loop, product, small_product, softmax
+from tf_gpt2.model.products import (
+    LARGE,
+    MOST_ROWS_APART,
+    compiled_loop,
+    gelu,
+    plain_loop,
+    product,
+    small_product,
+    softmax,
+)
 
 C, H = 12, 3
 BLOCK = lively_params(GPT2Config(n_vocab=1, n_ctx=1, n_embd=C, n_head=H, n_layer=1))["blocks"][0]
@@ -105,6 +114,18 @@ def test_each_kind_of_loop_multiplies_alike(n_rows, n_out):
         with loop:
             found = tf.function(multiply, input_signature=[tf.TensorSpec([n_rows, 512])])(x)
         assert found.numpy() == pytest.approx(x @ w.numpy().T, abs=1e-3)
+
+
+@pytest.mark.parametrize("n_rows", [2, MOST_ROWS_APART, MOST_ROWS_APART + 1])
+def test_a_compiled_loop_multiplies_rows_by_8_bits_as_one_alone(n_rows):
+    x, w = inputs(n_rows, 64), tf.Variable(np.random.default_rng(1).integers(-127, 128, (50, 64)).astype(np.int8))
+    scale = inputs(50, seed=2)
+    with compiled_loop():
+        multiply = tf.function(lambda x: product(x, w, scale), jit_compile=True)
+        together = multiply(x).numpy()
+        alone = np.concatenate([multiply(x[row : row + 1]) for row in range(n_rows)])
+    assert together == pytest.approx(x @ (w.numpy() * scale[:, None]).T, rel=1e-4, abs=1e-3)
+    assert n_rows > MOST_ROWS_APART or np.array_equal(together, alone)
 
 
 def test_a_plain_loop_keeps_rows_apart():

@@ -20,6 +20,9 @@ Transpose = Callable[[tf.Tensor, tf.DType], tf.Tensor]
 LARGE = 2**19
 """Numbers in a weight from which on ``plain_product`` puts it first."""
 
+MOST_ROWS_APART = 8
+"""Rows for which a loop that XLA compiles rather reads an 8-bit weight once for each than makes floats of it."""
+
 _transpose: contextvars.ContextVar[Transpose | None] = contextvars.ContextVar("transpose", default=None)
 _wide_weights: contextvars.ContextVar[Mapping[int, tf.Tensor] | None] = contextvars.ContextVar(
     "wide_weights", default=None
@@ -73,8 +76,8 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
         y = plain_product(rows, wide_weights.get(id(w), w))
     elif rows.shape[0] == 1:
         y = one_row_product(rows, w)
-    elif rows.shape[0] == 2 and w.dtype == tf.int8:  # reading 8 bits twice is less than making floats of them once
-        y = tf.concat([one_row_product(row, w) for row in tf.split(rows, 2)], axis=0)
+    elif _transpose.get() and w.dtype == tf.int8 and rows.shape[0] in range(2, MOST_ROWS_APART + 1):
+        y = row_by_row(rows, w)
     elif w.dtype == tf.int8:
         y = tf.matmul(rows, tf.cast(cast_late(w, rows), x.dtype), transpose_b=True)
     elif transpose := _transpose.get():
@@ -107,6 +110,13 @@ def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
     parts = tf.split(w, (half, w.shape[0] - half))
     y = tf.concat([tf.matmul(x, part, transpose_b=True) for part in parts], axis=-1)
     return tf.cast(y, row.dtype)
+
+
+def row_by_row(rows: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+    """Multiplies few rows, (B, n_in), one after the other, each as if it were alone."""
+    # a loop: of products beside each other XLA compiles each
+    y = tf.map_fn(lambda row: one_row_product(row[None], w)[0], rows)
+    return tf.ensure_shape(y, (rows.shape[0], w.shape[0]))
 
 
 def plain_product(rows: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
