@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from benchmarks.peers.protocol import Generated, serve
 from tf_gpt2 import GPT2Model
-from tf_gpt2.generation.prompts import pad
+from tf_gpt2.generation.prompts import check_prompts, pad
 from tf_gpt2.generation.run import Run
 from tf_gpt2.generation.settings import make_limits, make_sampling
 from tf_gpt2.pipeline import DTYPES
@@ -35,8 +35,9 @@ class TFGPT2:
         config, (n_rows, length) = self.model.config, prompts.shape
         sampling = make_sampling(n_rows, config)
         start = time.perf_counter()
-        limits = make_limits(list(prompts), max_new_tokens, (), config)
-        run = Run(self.model, *pad(list(prompts), config), sampling, limits, jit_compile=True)
+        rows = check_prompts(prompts, config)
+        limits = make_limits(rows, max_new_tokens, (), config)
+        run = Run(self.model, *pad(rows, config), sampling, limits, jit_compile=True)
         goes_on = run.goes_on  # waits for the first token
         first = time.perf_counter()
         while goes_on:
