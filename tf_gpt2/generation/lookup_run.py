@@ -7,11 +7,11 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gpt2.generation.compiled import Compiled, once_per_model
-from tf_gpt2.generation.lookup import Lookup, decode, scout, start
+from tf_gpt2.generation.lookup import decode, scout, start
 from tf_gpt2.generation.loop import State
 from tf_gpt2.generation.run import Run
+from tf_gpt2.generation.transposed import over_copies, transposed_of
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import compiled_loop
 
 SMALLEST = 3_000_000
 """Parameters from which on look-up is used: a step of a smaller model is too short to gain what the rest costs."""
@@ -20,14 +20,15 @@ SMALLEST = 3_000_000
 class LookupRun(Run):
     """A ``Run`` that gives the same and may need fewer passes; the arguments are those of ``Run``.
 
-    Once drafts pay, it keeps a transposed copy of the weights: a product of a few rows is 1.5 times as fast with it.
+    Once drafts pay, it uses a transposed copy of the weights: a product of a few rows is 1.5 times as fast with it.
     """
 
     def __init__(self, model: GPT2Model, *arguments: Any, jit_compile: bool, **kwargs: Any):
         super().__init__(model, *arguments, jit_compile=jit_compile, **kwargs)
         self._lookup_loop = lookup_loop_of(model, jit_compile=jit_compile)
         self._lookup = start(self.state)
-        self._transposed: tuple[tf.Tensor, ...] | None = None
+        self._transposed = transposed_of(model)
+        self._checks = False
 
     @property
     def n_passes(self) -> int:
@@ -36,12 +37,12 @@ class LookupRun(Run):
 
     def _decode(self, state: State, n_steps: tf.Tensor) -> State:
         lookup, loop = self._lookup._replace(state=state), self._lookup_loop
-        if self._transposed is None:
-            lookup, is_worth_it = loop.scout(lookup, self._sampling, self.limits, n_steps)
-            if is_worth_it:
-                self._transposed = loop.transpose()
+        copies = self._transposed() if self._checks or len(state.lengths) > 1 else ()
+        if self._checks:
+            lookup = loop.decode(lookup, self._sampling, self.limits, n_steps, copies)
         else:
-            lookup = loop.decode(lookup, self._sampling, self.limits, n_steps, self._transposed)
+            lookup, is_worth_it = loop.scout(lookup, self._sampling, self.limits, n_steps, copies)
+            self._checks = bool(is_worth_it)
         self._lookup = lookup
         return lookup.state
 
@@ -77,31 +78,13 @@ class LookupLoop:
     """
 
     def __init__(self, model: GPT2Model, *, jit_compile: bool):
-        def decode_transposed(model: GPT2Model, *arguments: Any) -> Lookup:
-            *others, transposed = arguments
-            known = {id(w): turned for w, turned in zip(matrices(model), transposed, strict=True)}
-            with compiled_loop(lambda w, _: known[id(w)]):
-                return decode(model, *others)
-
-        self.scout = Compiled(compiled_loop()(scout) if jit_compile else scout, model, jit_compile=jit_compile)
-        self.decode = Compiled(decode_transposed, model, jit_compile=jit_compile)
-        self.transpose = Compiled(transpose_all, model, jit_compile=False)  # XLA takes longer for it
+        self.scout = Compiled(over_copies(scout), model, jit_compile=jit_compile)
+        self.decode = Compiled(over_copies(decode), model, jit_compile=jit_compile)
 
     @property
     def n_traces(self) -> int:
         """How often a new shape was met: under XLA the number of compilations."""
-        return self.scout.n_traces + self.decode.n_traces + self.transpose.n_traces
-
-
-def matrices(model: GPT2Model) -> list[tf.Variable]:
-    """Gives all that products are taken with."""
-    linears = [layer for b in model.blocks for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-    return [model.wte.value, *(linear.w.value for linear in linears)]
-
-
-def transpose_all(model: GPT2Model) -> tuple[tf.Tensor, ...]:
-    """Gives a transposed copy of each of ``matrices``."""
-    return tuple(map(tf.transpose, matrices(model)))
+        return self.scout.n_traces + self.decode.n_traces
 
 
 @once_per_model

@@ -13,6 +13,7 @@ import tensorflow as tf
 from tf_gpt2.generation.compiled import Compiled, once_per_model
 from tf_gpt2.generation.loop import Limits, State, as_fast_loop, cache_sizes, decode, grow, is_active, prefill
 from tf_gpt2.generation.sampling import Sampling
+from tf_gpt2.generation.transposed import CompiledOverCopies
 from tf_gpt2.model.gpt2 import GPT2Model
 
 
@@ -109,7 +110,11 @@ class CompiledLoop:
         decode: Callable[..., Any] = decode,
     ):
         self.prefill = Compiled(prefill, model, jit_compile=jit_compile)
-        self.decode = Compiled(as_fast_loop(decode, jit_compile=jit_compile), model, jit_compile=jit_compile)
+        self.decode = (
+            CompiledOverCopies(decode, model)
+            if jit_compile
+            else Compiled(as_fast_loop(decode, jit_compile=False), model, jit_compile=False)
+        )
 
     @property
     def n_traces(self) -> int:

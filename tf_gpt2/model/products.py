@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import tensorflow as tf
 
 Transpose = Callable[[tf.Tensor, tf.DType], tf.Tensor]
-"""Gives a weight (n_out, n_in) as (n_in, n_out), of some dtype."""
+"""Gives a weight (n_out, n_in), rounded to a dtype, as float32 (n_in, n_out)."""
 
 LARGE = 2**19
 """Numbers in a weight from which on ``plain_product`` puts it first."""
@@ -81,7 +81,7 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
     elif w.dtype == tf.int8:
         y = tf.matmul(rows, tf.cast(cast_late(w, rows), x.dtype), transpose_b=True)
     elif transpose := _transpose.get():
-        y = tf.matmul(rows, transpose(w, x.dtype))
+        y = tf.cast(tf.matmul(tf.cast(rows, tf.float32), transpose(w, x.dtype)), x.dtype)
     else:
         y = tf.matmul(rows, tf.cast(w, x.dtype), transpose_b=True)
     y = y if scale is None else y * tf.cast(scale, x.dtype)
@@ -152,7 +152,7 @@ def transposed_once(w: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     XLA would fold a bare transposition back into the product. So a minimum that changes nothing is put behind it; as it
     depends on nothing in the loop, XLA moves both out. The price is a second copy of the weights during the loop.
     """
-    return tf.minimum(tf.transpose(tf.cast(w, dtype)), dtype.max)
+    return tf.minimum(tf.transpose(tf.cast(tf.cast(w, dtype), tf.float32)), tf.float32.max)
 
 
 def cast_late(w: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
