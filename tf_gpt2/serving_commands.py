@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from tf_gpt2.terminal import (
@@ -17,7 +18,7 @@ from tf_gpt2.terminal import (
 )
 
 HOW_TO_CALL = """\
-serve it   docker run --rm -p 127.0.0.1:8501:8501 -v {parent}:/models/gpt2:ro -e MODEL_NAME=gpt2 \\
+serve it   docker run --rm -p 127.0.0.1:8501:8501 -v {mount} -e MODEL_NAME=gpt2 \\
                tensorflow/serving:2.21.0 --rest_api_timeout_in_ms=300000
 call it    curl -d '{{"instances": ["To be"]}}' http://localhost:8501/v1/models/gpt2:predict
 """
@@ -70,4 +71,4 @@ def run_export(options: argparse.Namespace) -> None:
             on_step=tell,
         )
         write(f"made       {made} ({size_bytes(made) / 1e6:.0f} MB, {options.dtype})\n")
-        write(HOW_TO_CALL.format(parent=Path(options.folder).resolve()))
+        write(HOW_TO_CALL.format(mount=shlex.quote(f"{Path(options.folder).resolve()}:/models/gpt2:ro")))

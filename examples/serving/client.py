@@ -59,6 +59,9 @@ REMEDIES = {
     "UNAVAILABLE": "see that the server is up, the address right, and the model's state AVAILABLE at /v1/models/NAME",
 }
 
+MOST_ROWS = 8
+"""Texts in one request: a server that collects batches refuses more than ``max_batch_size`` of batching.config."""
+
 LONGEST_STEP = 16  # tokens a call of a stream: more would wait longer, fewer would cost more calls
 CONNECT_TIMEOUT_S = 5
 
@@ -189,12 +192,17 @@ class Client:
         self._transport, self._suffix, self._attempts = transport, "_xla" if xla else "", attempts
 
     def generate(self, texts: Sequence[str], **options: float) -> list[Completion]:
-        """Continues texts, all in one request.
+        """Continues texts, ``MOST_ROWS`` in a request.
 
         Args:
-            texts: one or more.
+            texts: any number.
             **options: of ``OPTIONS``, the same for all texts.
         """
+        starts = range(0, len(texts), MOST_ROWS)
+        return [one for start in starts for one in self._generate(texts[start : start + MOST_ROWS], options)]
+
+    def _generate(self, texts: Sequence[str], options: Mapping[str, float]) -> list[Completion]:
+        """Continues texts in one request."""
         outputs = self.predict("generate", {"text": list(texts)} | rows_of(options, len(texts)))
         lengths = outputs["completion_length"]
         columns = [outputs[name] for name in ("text", "ids", "logprobs", "finish_reason")]

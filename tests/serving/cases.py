@@ -60,6 +60,10 @@ CASES = {
     "generate_ids no rows": ("generate_ids", {"ids": np.zeros([0, 3]), "lengths": []}),
     "next few rows": ("next", {"text": TEXTS[:3], "ids": [[0]] * 3, "lengths": [0, 0, 0], "n_tokens": [5]}),
     "next go on": ("next", {"text": TEXTS[:3], "ids": [[7, 9], [3, 0], [9999, 0]], "lengths": [2, 1, 1]}),
+    "next beyond the window": (
+        "next",
+        {"text": TEXTS[:3], "ids": np.full([3, 256], 9), "lengths": [256, 250, 3], "max_new_tokens": [300]},
+    ),
     "next no rows": ("next", {"text": [], "ids": np.zeros([0, 1]), "lengths": []}),
     "score few rows": ("score", {"text": TEXTS[:3]}),
     "score texts": ("score", {"text": TEXTS}),
@@ -74,6 +78,7 @@ CASES = {
     "encode texts": ("encode", {"text": TEXTS}),
     "encode no rows": ("encode", {"text": []}),
     "decode few rows": ("decode", {"ids": IDS, "lengths": LENGTHS}),
+    "decode what there is not": ("decode", {"ids": IDS, "lengths": [9, -1, 2**31 - 1, 4]}),
     "decode no rows": ("decode", {"ids": np.zeros([0, 3]), "lengths": []}),
 }
 """A signature and its inputs, by name."""

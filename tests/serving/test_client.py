@@ -62,6 +62,14 @@ def test_texts_are_continued_as_in_python(client, generator, in_python):
         assert all(logprob <= 0 for logprob in completion.logprobs)
 
 
+def test_many_texts_go_in_requests_that_a_server_with_batching_takes(client, kit_client, port, in_python):
+    texts = ["To be"[: n % 6] for n in range(2 * kit_client.MOST_ROWS + 1)]
+    completions = client.generate(texts, max_new_tokens=3)
+    assert [completion.text for completion in completions] == [in_python(text, max_new_tokens=3) for text in texts]
+    assert [len(tensors["text"]) for _, tensors in port.calls] == [kit_client.MOST_ROWS] * 2 + [1]
+    assert client.generate([]) == []
+
+
 def test_options_reach_the_sampling(client, in_python):
     options = {"max_new_tokens": 10, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 2**40 + 7}
     (completion,) = client.generate(["To be"], **options)

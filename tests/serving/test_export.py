@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import sys
 
 import pytest
@@ -117,7 +118,7 @@ def test_a_new_version_takes_the_old_ones_place_whole(tmp_path):
     target = tmp_path / "2"
     target.mkdir()
     (target / "old").write_text("old")
-    with export.new_folder(target) as made:
+    with export.new_folder(target, overwrite=True) as made:
         assert (target / "old").exists()
         assert not made.name.isdigit()
         assert made.parent.parent == tmp_path  # the same file system, and no name that a server takes for a version
@@ -127,11 +128,23 @@ def test_a_new_version_takes_the_old_ones_place_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_version_that_was_made_meanwhile_is_not_replaced_unasked(tmp_path):
+    target = tmp_path / "2"
+    message = "version 2 is there already"
+    with pytest.raises(FileExistsError, match=message), export.new_folder(target, overwrite=False) as made:
+        (made / "new").write_text("new")
+        target.mkdir()
+        (target / "other").write_text("other")
+    assert [path.name for path in target.iterdir()] == ["other"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"version": 0}, "version must be an integer of at least 1, got 0"),
         ({"version": 1.5}, "version must be"),
+        ({"version": 2**63}, "version must be at most 9223372036854775807, .* got 9223372036854775808"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1"),
         ({"warm_up": "all"}, "warm_up must be one of plain, xla, none, and xla only with xla=True, got 'all'"),
         ({"warm_up": "xla"}, "warm_up must be"),
@@ -179,12 +192,12 @@ def test_no_protos_no_records(monkeypatch, generator, tmp_path):
 
 def test_the_command_says_what_it_made(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(export, "trace_signatures", lambda *arguments: arguments[-1]("tracing") or {})
-    folder = tmp_path / "served"
+    folder = tmp_path / "served here"
     assert main(["export", str(folder), "--model_size", "tiny", "--version", "4", "--dtype", "int8"]) == 0
     out, err = capfd.readouterr()
     assert f"made       {folder / '4'} (" in out
     assert 'curl -d \'{"instances": ["To be"]}\'' in out
-    assert str(folder) in out.split("docker")[1]
+    assert f"{folder}:/models/gpt2:ro" in shlex.split(out.partition("serve it")[2].partition("call it")[0])
     assert err.splitlines() == [
         "loading the model",
         "tracing",

@@ -147,6 +147,10 @@ def test_batching_config(batching):
     assert batching.max_enqueued_batches.value >= batching.num_batch_threads.value
 
 
+def test_the_client_sends_no_more_rows_than_a_batch_takes(batching, kit_client):
+    assert batching.max_batch_size.value >= kit_client.MOST_ROWS
+
+
 def test_a_misspelt_field_of_batching_is_found(protos):
     with pytest.raises(text_format.ParseError):
         text_format.Parse("max_batch_sizes { value: 8 }", protos["BatchingParameters"]())

@@ -218,10 +218,13 @@ def test_tokens(plain, generator):
     found = plain("encode", text=PROMPTS)
     assert rows(found["ids"], found["lengths"]) == [generator.encoder.encode(text) for text in PROMPTS]
     assert texts(plain("decode", ids=found["ids"], lengths=found["lengths"])) == PROMPTS
-    assert texts(plain("decode", ids=[[1, 99999, 2, -1], [3, 4, 5, 6]], lengths=[3, 0])) == [
-        generator.encoder.decode([1]) + "�" + generator.encoder.decode([2]),
-        "",
-    ]
+
+
+def test_ids_that_there_are_not_are_decoded_too(plain, generator):
+    text = generator.encoder.decode
+    found = plain("decode", ids=[[1, 99999, 2, -1], [3, 4, 5, 6], [-(2**31), 7, 2**31 - 1, 8]], lengths=[3, 0, 4])
+    assert texts(found) == [text([1]) + "�" + text([2]), "", "�" + text([7]) + "�" + text([8])]
+    assert texts(plain("decode", ids=[[1, 2], [3, 4]], lengths=[-1, 9])) == ["", text([3, 4])]
 
 
 @pytest.mark.parametrize(
@@ -277,12 +280,13 @@ def test_texts_too_long(plain, generator):
         ["To be", kept], max_new_tokens=10, jit_compile=False
     )
     scored = plain("score", text=["To be", long])
-    assert math.isnan(scored["total"][1])
+    assert scored["total"][1] == 0  # NaN would be no JSON, for the other rows neither
     assert scored["total"][0] == pytest.approx(generator.score("To be").total, rel=1e-5)
     assert scored["error"][1].startswith(b"text has ")
     embedded = plain("embed", text=["To be", long])
-    assert np.isnan(embedded["mean"][1]).all()
-    assert np.isfinite(embedded["mean"][0]).all()
+    for name in ("mean", "last"):
+        assert not embedded[name][1].any()
+        assert np.abs(embedded[name][0]).min() > 0
     exact = generator.encoder.decode(generator.encoder.encode(long)[: n_ctx - 1])
     assert plain("generate", text=[exact])["finish_reason"].tolist() == [b"context"]
     assert plain("generate", text=[exact])["completion_length"].tolist() == [1]
@@ -304,11 +308,22 @@ def test_ids_that_are_wrong(plain, generator):
     full = plain("generate_ids", ids=[[1] * n_ctx], lengths=[n_ctx])
     assert full["finish_reason"][0].startswith(b"error: lengths")
     logits = plain("logits", ids=ids, lengths=[3, 2, 0, 3, 4])
-    assert np.isfinite(logits["logits"][[0, 2]]).all()
-    assert np.isnan(logits["logits"][[1, 3, 4]]).all()
+    assert [bool(row.any()) for row in logits["logits"]] == [True, False, False, False, False]
+    assert np.isfinite(logits["logits"]).all()
     assert [bool(error) for error in logits["error"]] == [False, True, False, True, True]
     said = plain("next", text=["To be"] * 3, ids=[[1, 2], [1, n_vocab], [1, 2]], lengths=[1, 2, 3])
     assert [reason.startswith(b"error") for reason in said["finish_reason"]] == [False, True, True]
+
+
+def test_text_and_ids_longer_than_the_window(served, generator):
+    n_ctx = generator.model.config.n_ctx
+    state = {"ids": [[5] * n_ctx] * 3, "lengths": [n_ctx, n_ctx - 2, 3]}
+    found = served("next", text=["To be"] * 3, max_new_tokens=[n_ctx], n_tokens=[2], **state)
+    reasons = [reason.decode() for reason in found["finish_reason"]]
+    assert reasons == [f"error: text and ids have {n_ctx + 2} tokens, at most {n_ctx} are possible", "context", ""]
+    assert found["lengths"].tolist() == [0, n_ctx - 2, 5]
+    alone = served("next", text=["To be"], ids=[[5] * 3], lengths=[3], max_new_tokens=[n_ctx], n_tokens=[2])
+    assert found["ids"][2, :5].tolist() == alone["ids"][0].tolist()
 
 
 @pytest.mark.parametrize("name", ["serving_default", "generate", "score", "embed"])
@@ -343,6 +358,20 @@ def test_requests_that_would_not_fit_the_memory_fail(plain, generator):
     n_ctx, n_vocab = generator.model.config.n_ctx, generator.model.config.n_vocab
     with pytest.raises(tf.errors.InvalidArgumentError, match="a request must have at most 32768 positions"):
         plain("generate", text=["a"] * (32768 // n_ctx + 1), max_new_tokens=[n_ctx])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"at most 32768 positions, .* got 8388608"):
+        plain("generate_ids", ids=[[1]] * 2**15, lengths=[1] * 2**15, max_new_tokens=[2**31 - 1])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"at most 32768 positions, .* got 16777216"):
+        plain("generate_ids", ids=np.ones((2**24, 1), np.int32), lengths=np.ones(2**24, np.int32))
+    text = "To be, or not to be. " * 10
+    n_places = 1001 * len(generator.encoder.encode(text))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"at most 32768 positions, .* got {n_places}"):
+        plain("embed", text=[text] + [""] * 1000)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="text has 4194308 bytes in all rows, at most 4194304"):
+        plain("encode", text=["abcd" * (2**18 + 1)] + ["abcd" * 2**18] * 3)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"text gives .* ids, rows times the longest, at most"):
+        plain("encode", text=["abcd" * 2**16] + [""] * 1000)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="ids must have at most 4194304 places"):
+        plain("decode", ids=np.ones((2, 2**22), np.int32), lengths=[1, 1])
     with pytest.raises(tf.errors.InvalidArgumentError, match="ids must have at most"):
         n_rows = MOST_LOGITS // n_vocab + 1
         plain("logits", ids=np.ones((n_rows, 1), np.int32), lengths=np.ones(n_rows, np.int32))
@@ -355,7 +384,7 @@ def test_a_vocabulary_without_end_of_text(toy):
     assert texts(found)[::2] == toy.generate(["hi", "hi hi"], max_new_tokens=5, jit_compile=False)
     scored = call(functions["score"], text=["hi hi hi"])
     wanted = toy.score("hi hi hi", after_end_of_text=False)
-    assert math.isnan(scored["logprobs"][0, 0])
+    assert scored["logprobs"][0, 0] == 0  # behind nothing
     np.testing.assert_allclose(scored["logprobs"][0, 1:], wanted.logprobs[1:], atol=1e-4)
     assert scored["total"][0] == pytest.approx(wanted.total, abs=1e-3)
 

@@ -29,6 +29,7 @@ from tf_gpt2.tokenizer.encoder import Encoder
 
 OnStep = Callable[[str], None]
 WARM_UP = ("plain", "xla", "none")
+MOST_VERSION = 2**63 - 1
 
 
 def export_saved_model(
@@ -61,7 +62,7 @@ def export_saved_model(
         ``folder / version``.
 
     Raises:
-        FileExistsError: when the version is there.
+        FileExistsError: when the version is there, or was made meanwhile.
         ImportError: when ``warm_up="xla"`` lacks the extra ``serving``.
         ValueError: when a number is out of range, or ``warm_up`` is none of these.
 
@@ -75,15 +76,17 @@ def export_saved_model(
         True
     """
     check_counts(version=version, max_new_tokens=max_new_tokens)
+    if version > MOST_VERSION:
+        raise ValueError(f"version must be at most {MOST_VERSION}, which servers count up to, got {version}")
     n_ctx = generator.model.config.n_ctx
     if max_new_tokens >= n_ctx:
         raise ValueError(f"max_new_tokens must leave room for a prompt in n_ctx={n_ctx}, got {max_new_tokens}")
     requests = requests_for(warm_up, xla=xla)
     target = Path(folder) / str(version)
     if target.exists() and not overwrite:
-        raise FileExistsError(f"version {version} is there already: {target}; choose a higher version, or overwrite it")
+        raise already_there(target)
     tell = on_step or (lambda line: None)
-    with new_folder(target) as made:
+    with new_folder(target, overwrite=overwrite) as made:
         signatures = trace_signatures(generator, max_new_tokens, xla, tell)
         tell("writing the graph and the weights")
         tf.saved_model.save(make_module(generator.model), str(made), signatures=signatures)
@@ -108,7 +111,7 @@ def requests_for(warm_up: str, *, xla: bool) -> list[Request]:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Gives a folder to fill, and puts it in the target's place when all went well.
 
     Servers watch the parent: they take numbers for versions, and overlook other names.
@@ -118,9 +121,21 @@ def new_folder(target: Path) -> Iterator[Path]:
         made = Path(scratch) / "new"
         made.mkdir()
         yield made
-        if target.exists():
+        if overwrite and target.exists():
             target.rename(Path(scratch) / "old")
-        made.rename(target)
+        try:
+            made.rename(target)  # fails if somebody made it meanwhile
+        except OSError as error:
+            if target.exists():
+                raise already_there(target) from error
+            raise
+
+
+def already_there(target: Path) -> FileExistsError:
+    """Says what to do about a version that is there."""
+    return FileExistsError(
+        f"version {target.name} is there already: {target}; choose a higher version, or overwrite it"
+    )
 
 
 def trace_signatures(generator: TextGenerator, max_new_tokens: int, xla: bool, tell: OnStep) -> dict[str, Any]:

@@ -13,6 +13,11 @@ from tf_gpt2.serving.options import first_error, require
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.tokenizer.in_graph import InGraphEncoder
 
+MOST_BYTES = 2**22
+"""Bytes of text in one request: to encode them takes some 0.7 GB."""
+MOST_POSITIONS = 2**15
+"""Rows times positions of one request: 32 rows of 1,024 tokens. With 124M's shapes they take some 8 GB."""
+
 
 class Rows(NamedTuple):
     """Rows of ids.
@@ -51,20 +56,28 @@ class PromptReader:
             most_tokens: int32 (), at least 1.
             keep_end: take the end of a text that is longer; otherwise it is an error.
         """
+        texts = check_positions(texts, tf.size(texts), 1)  # at the least, before anything is made for each row
         n_bytes = tf.strings.length(texts)
         is_long = n_bytes > self.most_bytes
         if keep_end:
             texts = tf.strings.substr(texts, tf.maximum(n_bytes - self.most_bytes, 0), n_bytes)
         else:
             texts = tf.where(is_long, "", texts)
-        ids = self.in_graph.encode(texts)
+        ids = self.encode(texts)
         lengths = tf.cast(ids.row_lengths(), tf.int32)  # (B,)
         if keep_end:
             starts, errors = tf.maximum(lengths - most_tokens, 0), tf.fill(tf.shape(lengths), "")
         else:
             starts, errors = tf.zeros_like(lengths), self.errors(lengths, is_long, most_tokens)
         kept = tf.where(errors == "", tf.minimum(lengths, most_tokens), 0)
+        kept = check_positions(kept, tf.size(kept), longest(kept))
         return Rows(cut(ids, starts, kept), kept, errors)
+
+    def encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Turns texts into ids: string (B,) -> int32 (B, T), T ragged; fails the request when they are too many."""
+        n_bytes = tf.reduce_sum(tf.cast(tf.strings.length(texts), tf.int64))
+        sentence = ("text has", n_bytes, f"bytes in all rows, at most {MOST_BYTES} are possible; send less at once")
+        return self.in_graph.encode(require(texts, n_bytes <= MOST_BYTES, *sentence))
 
     def errors(self, lengths: tf.Tensor, is_long: tf.Tensor, most_tokens: tf.Tensor) -> tf.Tensor:
         """Says which texts are too long: string (B,)."""
@@ -86,20 +99,37 @@ class PromptReader:
         return rows._replace(ids=ids, lengths=tf.where(is_empty, 1, rows.lengths))
 
 
+def longest(lengths: tf.Tensor) -> tf.Tensor:
+    """Gives the largest length, 0 of no rows: int32 (B,) -> int32 ()."""
+    return tf.reduce_max(tf.concat([lengths, [0]], axis=0))
+
+
+def check_positions(x: tf.Tensor, n_rows: tf.Tensor, n_positions: tf.Tensor) -> tf.Tensor:
+    """Gives ``x``, or fails the request when it has more positions than the memory may hold."""
+    n_places = tf.cast(n_rows, tf.int64) * tf.cast(n_positions, tf.int64)
+    sentence = f"a request must have at most {MOST_POSITIONS} positions, rows times tokens: send fewer rows; got"
+    return require(x, n_places <= MOST_POSITIONS, sentence, n_places)
+
+
 def cut(ids: tf.RaggedTensor, starts: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
     """Takes a part of each row, zero-padded: ragged int32, twice int32 (B,) -> int32 (B, T)."""
-    columns = tf.range(tf.reduce_max(tf.concat([lengths, [0]], axis=0)))[None]  # (1, T)
+    columns = tf.range(longest(lengths))[None]  # (1, T)
     places = tf.cast(ids.row_starts(), tf.int32)[:, None] + starts[:, None] + columns  # (B, T)
     is_inside = columns < lengths[:, None]
     padded = tf.concat([ids.flat_values, [0]], axis=0)
     return tf.where(is_inside, tf.gather(padded, tf.where(is_inside, places, 0)), 0)
 
 
-def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: int, least_tokens: int = 0) -> Rows:
-    """Checks rows of ids that a client sent: int32 (B, T), int32 (B,)."""
+def one_length_per_row(ids: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Gives both, or fails the request when they are not of one another."""
     n_lengths, n_rows = tf.size(lengths), tf.shape(ids)[0]
     sentence = ("lengths must have one value per row of ids, got", n_lengths, "for", n_rows, "rows")
-    ids, lengths = require((ids, lengths), n_lengths == n_rows, *sentence)
+    return require((ids, lengths), n_lengths == n_rows, *sentence)
+
+
+def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: int, least_tokens: int = 0) -> Rows:
+    """Checks rows of ids that a client sent: int32 (B, T), int32 (B,)."""
+    ids, lengths = one_length_per_row(check_positions(ids, tf.shape(ids)[0], 1), lengths)
     width = tf.shape(ids)[1]
     limit = tf.minimum(width, most_tokens)
     sentence = tf.strings.join(
@@ -116,16 +146,20 @@ def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: 
     errors = first_error(errors, is_valid, f"ids must lie in [0, {n_vocab})")
     lengths = tf.where(errors == "", lengths, 0)
     ids = tf.where(tf.range(width)[None] < lengths[:, None], ids, 0)
-    return Rows(ids[:, : tf.reduce_max(tf.concat([lengths, [0]], axis=0))], lengths, errors)
+    return Rows(ids[:, : longest(lengths)], lengths, errors)
 
 
-def join(first: Rows, second: Rows) -> Rows:
+def join(first: Rows, second: Rows, *, most_tokens: int) -> Rows:
     """Puts ids behind texts, row by row; the errors of the texts count before those of the ids."""
     n_first, n_second = tf.size(first.lengths), tf.size(second.lengths)
     sentence = ("ids must have one row per text, got", n_second, "for", n_first, "texts")
     first, second = require((first, second), n_first == n_second, *sentence)
     errors = first_error(first.errors, second.errors == "", second.errors)
-    lengths = tf.where(errors == "", first.lengths + second.lengths, 0)
+    lengths = first.lengths + second.lengths
+    n_tokens = tf.strings.as_string(lengths)
+    sentence = tf.strings.join(["text and ids have ", n_tokens, f" tokens, at most {most_tokens} are possible"])
+    errors = first_error(errors, lengths <= most_tokens, sentence)
+    lengths = tf.where(errors == "", lengths, 0)
     both = tf.concat([first.ids, second.ids], axis=1)  # (B, T1 + T2)
     columns = tf.range(tf.shape(both)[1])[None]
     is_first = columns < first.lengths[:, None]

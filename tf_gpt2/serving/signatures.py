@@ -28,13 +28,22 @@ from tf_gpt2.serving.options import (
     option_dtype,
     require,
 )
-from tf_gpt2.serving.prompts import PromptReader, Rows, check_ids, join
+from tf_gpt2.serving.prompts import (
+    PromptReader,
+    Rows,
+    check_ids,
+    check_positions,
+    cut,
+    join,
+    longest,
+    one_length_per_row,
+)
 from tf_gpt2.serving.text import certain_text
 
-MOST_POSITIONS = 2**15
-"""Rows times positions of one request: 32 rows of 1,024 tokens. With 124M's shapes they take some 8 GB."""
 MOST_LOGITS = 2**28
 """Numbers that ``logits`` gives at once: a message of gRPC holds 2 GB."""
+MOST_IDS = 2**22
+"""Rows times ids of the longest row that ``encode`` gives, and ``decode`` takes."""
 
 Outputs = dict[str, tf.Tensor]
 TEXT = tf.TensorSpec([None], tf.string, "text")
@@ -135,7 +144,7 @@ class ServedFunctions:
         """Appends the next tokens to what clients got so far, for those that show text as it comes."""
         prompts = self.reader.start_empty(self.reader.read(text, tf.constant(self.config.n_ctx - 1)))
         said = check_ids(ids, lengths, n_vocab=self.config.n_vocab, most_tokens=self.config.n_ctx)
-        found = self._generate(join(prompts, said), prompts.lengths, options)
+        found = self._generate(join(prompts, said, most_tokens=self.config.n_ctx), prompts.lengths, options)
         return {
             "ids": found.ids,
             "lengths": found.lengths,
@@ -155,15 +164,14 @@ class ServedFunctions:
             targets = tf.pad(targets[:, 1:], [[0, 0], [0, 1]])
         logprobs = self.loop.logprobs(known, targets)
         if start < 0:
-            logprobs = tf.pad(logprobs[:, :-1], [[0, 0], [1, 0]], constant_values=float("nan"))
+            logprobs = tf.pad(logprobs[:, :-1], [[0, 0], [1, 0]])
         columns = tf.range(tf.shape(rows.ids)[1])[None]
         logprobs = tf.where(columns < rows.lengths[:, None], logprobs[:n_rows, : tf.shape(rows.ids)[1]], 0.0)
-        total = tf.reduce_sum(tf.where(tf.math.is_nan(logprobs), 0.0, logprobs), axis=1)
         return {
             "ids": rows.ids,
             "logprobs": logprobs,
             "lengths": rows.lengths,
-            "total": tf.where(rows.errors == "", total, float("nan")),
+            "total": tf.reduce_sum(logprobs, axis=1),
             "error": rows.errors,
         }
 
@@ -177,37 +185,33 @@ class ServedFunctions:
         mean = total / tf.cast(tf.maximum(rows.lengths, 1), tf.float32)[:, None]
         last = tf.gather(hidden, tf.maximum(rows.lengths - 1, 0), batch_dims=1)
         is_right = (rows.errors == "")[:, None]
-        nan = float("nan")
-        return {"mean": tf.where(is_right, mean, nan), "last": tf.where(is_right, last, nan), "error": rows.errors}
+        return {"mean": tf.where(is_right, mean, 0.0), "last": tf.where(is_right, last, 0.0), "error": rows.errors}
 
     def logits(self, ids: tf.Tensor, lengths: tf.Tensor) -> Outputs:
-        """Gives the logits at each position; 0 behind a row's length."""
+        """Gives the logits at each position; 0 behind a row's length, and in a row with an error."""
         n_vocab, n_ctx = self.config.n_vocab, self.config.n_ctx
-        rows = check_ids(ids, lengths, n_vocab=n_vocab, most_tokens=n_ctx)
         n_rows, width = tf.shape(ids)[0], tf.shape(ids)[1]
-        n_places = tf.size(ids, out_type=tf.int64)
-        most_places = MOST_LOGITS // n_vocab
-        sentence = (f"ids must have at most {most_places} places in all, got", n_places)
-        logits = self.loop.logits(self._pad(require(rows.ids, n_places <= most_places, *sentence)))[
-            :n_rows
-        ]  # (B, T', V)
+        ids = at_most(ids, MOST_LOGITS // n_vocab)
+        rows = check_ids(ids, lengths, n_vocab=n_vocab, most_tokens=n_ctx)
+        logits = self.loop.logits(self._pad(rows.ids))[:n_rows]  # (B, T', V)
         logits = tf.pad(logits, [[0, 0], [0, tf.maximum(width - tf.shape(logits)[1], 0)], [0, 0]])[:, :width]
         is_inside = tf.range(width)[None] < rows.lengths[:, None]  # (B, T)
-        logits = tf.where(is_inside[..., None], logits, 0.0)
-        is_right = (rows.errors == "")[:, None, None]
-        return {"logits": tf.where(is_right, logits, float("nan")), "error": rows.errors}
+        return {"logits": tf.where(is_inside[..., None], logits, 0.0), "error": rows.errors}
 
     def encode(self, text: tf.Tensor) -> Outputs:
         """Turns texts into ids."""
-        ids = self.reader.in_graph.encode(text)
-        return {"ids": ids.to_tensor(), "lengths": tf.cast(ids.row_lengths(), tf.int32)}
+        ids = self.reader.encode(text)
+        lengths = tf.cast(ids.row_lengths(), tf.int32)
+        n_places = tf.size(lengths, tf.int64) * tf.cast(longest(lengths), tf.int64)
+        sentence = ("text gives", n_places, f"ids, rows times the longest, at most {MOST_IDS} are possible")
+        lengths = require(lengths, n_places <= MOST_IDS, *sentence)
+        return {"ids": cut(ids, tf.zeros_like(lengths), lengths), "lengths": lengths}
 
     def decode(self, ids: tf.Tensor, lengths: tf.Tensor) -> Outputs:
-        """Turns ids into texts; U+FFFD for an id that there is not."""
-        rows = check_ids(ids, lengths, n_vocab=2**31 - 1, most_tokens=2**31 - 1)
-        return {
-            "text": certain_text(self.reader.in_graph, rows.ids, rows.lengths, tf.fill(tf.shape(rows.lengths), True))
-        }
+        """Turns ids into texts; U+FFFD for an id that there is not. Lengths beyond the ids end where they do."""
+        ids, lengths = one_length_per_row(at_most(ids, MOST_IDS), lengths)
+        lengths = tf.clip_by_value(lengths, 0, tf.shape(ids)[1])
+        return {"text": certain_text(self.reader.in_graph, ids, lengths, tf.fill(tf.shape(lengths), True))}
 
     def _text(self, found: Generated) -> tf.Tensor:
         return certain_text(self.reader.in_graph, found.ids, found.lengths, found.finish_reason != "")
@@ -216,9 +220,7 @@ class ServedFunctions:
         """Pads rows to a shape that the model is run on, which must not be too large: (B, T) -> (B', T')."""
         n_rows = self.loop.n_rows(tf.shape(ids)[0])
         width = self.loop.n_positions(tf.shape(ids)[1])
-        n_places = n_rows * (width if n_positions is None else n_positions)
-        most = f"a request must have at most {MOST_POSITIONS} positions, rows times tokens, got"
-        ids = require(ids, n_places <= MOST_POSITIONS, most, n_places, "; send fewer rows")
+        ids = check_positions(ids, n_rows, width if n_positions is None else n_positions)
         return tf.pad(ids, [[0, n_rows - tf.shape(ids)[0]], [0, width - tf.shape(ids)[1]]])
 
     def _generate(self, rows: Rows, prompt_lengths: tf.Tensor, options: Options) -> Generated:
@@ -238,7 +240,7 @@ class ServedFunctions:
         reason = tf.where(continued.stopped, "stop", reason)
         starts = tf.where(is_right, prompt_lengths, continued.lengths)
         n_new = continued.lengths - starts
-        columns = tf.range(tf.reduce_max(tf.concat([n_new, [0]], axis=0)))[None]  # (1, N)
+        columns = tf.range(longest(n_new))[None]  # (1, N)
         is_new = columns < n_new[:, None]
         places = tf.where(is_new, starts[:, None] + columns, 0)
         return Generated(
@@ -264,6 +266,12 @@ class ServedFunctions:
         sampling = make_sampling(spread, self.config.n_vocab)
         continued = self.loop.generate(prompts, sampling, Limits(pad(limits), tf.constant(self.stop_ids)))
         return Continued(*(x[:n_rows] for x in continued))
+
+
+def at_most(ids: tf.Tensor, most_places: int) -> tf.Tensor:
+    """Gives ids, or fails the request when there are more: int32 (B, T)."""
+    n_places = tf.size(ids, tf.int64)
+    return require(ids, n_places <= most_places, f"ids must have at most {most_places} places in all, got", n_places)
 
 
 def name_outputs(found: Generated) -> Outputs:
