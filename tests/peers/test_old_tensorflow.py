@@ -24,18 +24,20 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     generator = TextGenerator.from_checkpoint(embedded_dir())
-    return export_saved_model(generator, tmp_path_factory.mktemp("export"), max_new_tokens=12)
+    return export_saved_model(generator, tmp_path_factory.mktemp("export"), max_new_tokens=12, xla=True)
 
 
 @pytest.fixture(scope="module")
 def answers(exported, tmp_path_factory):
-    """Gives ``(theirs, ours)``: outputs of each case, by name."""
+    """Gives ``(theirs, ours)``: outputs of each case, of its signature and of the twin, by name."""
     from tests.serving import answer
     from tests.serving.cases import CASES
     from tests.serving.loader import pack_inputs, read_signatures, unpack
 
     signatures = read_signatures(exported)
-    requests = [(name, pack_inputs(signatures[name], inputs)) for name, inputs in CASES.values()]
+    cases = {case + suffix: (name + suffix, inputs) for case, (name, inputs) in CASES.items() for suffix in ("", "_xla")}
+    cases = {case: (name, inputs) for case, (name, inputs) in cases.items() if name in signatures}
+    requests = [(name, pack_inputs(signatures[name], inputs)) for name, inputs in cases.values()]
     folder = tmp_path_factory.mktemp("answers")
     (folder / "requests").write_bytes(pickle.dumps(requests))
     command = [PYTHON.absolute(), answer.__file__, exported, folder / "requests", folder / "answers", "tf_gpt2"]
@@ -43,7 +45,7 @@ def answers(exported, tmp_path_factory):
     theirs = pickle.loads((folder / "answers").read_bytes())
     served = tf.saved_model.load(str(exported))
     ours = [answer.answer(served, *request) for request in requests]
-    return [{name: unpack(one) for name, (one,) in zip(CASES, outputs, strict=True)} for outputs in (theirs, ours)]
+    return [{name: unpack(one) for name, (one,) in zip(cases, outputs, strict=True)} for outputs in (theirs, ours)]
 
 
 def test_an_old_tensorflow_gives_the_same(answers):

@@ -1,9 +1,8 @@
 """Prefill and decode: the two functions that XLA compiles.
 
 Prefill reads the prompts and chooses each row's first new token; decode feeds the last token back, in a loop inside one
-compiled function; ``Run`` calls the one, then the other, over a cache that grows. Everything that may differ from call
-to call is data; only shapes make XLA compile, and these come from ``bucket``. Ids and lengths are taken as valid. Knows
-nothing of text.
+compiled function, over a cache that grows from call to call. All else that may differ between calls is data; only shapes
+make XLA compile, and these come from ``bucket``. Ids and lengths are taken as valid. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer, for
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.sampling import Sampling, choose
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import compiled_loop, plain_loop, shape_of
+from tf_gpt2.model.products import plain_loop, shape_of
 
 SMALLEST_BUCKET = 16
 SMALLEST_GROWING = 256
@@ -128,10 +127,8 @@ def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n
     return tf.while_loop(goes_on, body, (tf.constant(0), state))[1]
 
 
-def as_fast_loop(loop: Callable[..., Any], *, jit_compile: bool) -> Callable[..., Any]:
-    """Gives ``decode``, or another loop over a model, as it is fastest with XLA or without."""
-    if jit_compile:
-        return compiled_loop()(loop)
+def as_plain_loop(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives ``decode``, or another loop over a model, as it is fastest without XLA."""
 
     @functools.wraps(loop)
     def in_plain_loop(model: GPT2Model, *args: Any) -> Any:

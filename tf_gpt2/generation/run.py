@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gpt2.generation.compiled import Compiled, once_per_model
-from tf_gpt2.generation.loop import Limits, State, as_fast_loop, cache_sizes, decode, grow, is_active, prefill
+from tf_gpt2.generation.loop import Limits, State, as_plain_loop, cache_sizes, decode, grow, is_active, prefill
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.transposed import CompiledOverCopies
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -113,7 +113,7 @@ class CompiledLoop:
         self.decode = (
             CompiledOverCopies(decode, model)
             if jit_compile
-            else Compiled(as_fast_loop(decode, jit_compile=False), model, jit_compile=False)
+            else Compiled(as_plain_loop(decode), model, jit_compile=False)
         )
 
     @property

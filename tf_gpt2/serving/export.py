@@ -89,7 +89,7 @@ def export_saved_model(
     with new_folder(target, overwrite=overwrite) as made:
         signatures = trace_signatures(generator, max_new_tokens, xla, tell)
         tell("writing the graph and the weights")
-        tf.saved_model.save(make_module(generator.model), str(made), signatures=signatures)
+        tf.saved_model.save(make_module(generator.model, signatures), str(made), signatures=signatures)
         tell("writing the assets")
         write_assets(generator, made / "assets", max_new_tokens, signatures)
         if requests:
@@ -151,10 +151,13 @@ def trace_signatures(generator: TextGenerator, max_new_tokens: int, xla: bool, t
     return functions
 
 
-def make_module(model: GPT2Model) -> tf.Module:
-    """Gives what TensorFlow saves besides the functions: the variables they read."""
+def make_module(model: GPT2Model, signatures: Mapping[str, Any]) -> tf.Module:
+    """Gives what TensorFlow saves besides the functions: the variables they read, the model's and their own."""
     module = tf.Module(name="tf_gpt2")
     module.variables_by_name = {variable.path: variable.value for variable in model.weights}
+    of_model = {id(variable) for variable in module.variables_by_name.values()}
+    read = [variable for one in signatures.values() for variable in one.get_concrete_function().graph.variables]
+    module.of_functions = [variable for variable in read if id(variable) not in of_model]
     return module
 
 

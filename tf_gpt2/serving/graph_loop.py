@@ -2,7 +2,7 @@
 
 The functions are those of ``generation``, for any number of rows and positions. A plain graph takes shapes as they
 come. What XLA compiles is padded to powers of two first, and one row goes by a function of its own, because its
-products are others. Knows nothing of text.
+products are others; those of several rows are of transposed copies of the weights. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, as_fast_loop, decode, grow, prefill
+from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, as_plain_loop, decode, grow, prefill
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.scoring import chosen_logprobs
+from tf_gpt2.generation.transposed import over_copies
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.products import shape_of
+from tf_gpt2.serving.copies import CopiesInGraph
 
 SCORED_AT_ONCE = 256
 """Positions whose logits are in memory at one time."""
@@ -63,7 +65,8 @@ class GraphLoop:
         self.model = model
         self.xla = xla
         self._prefill = self._function(prefill)
-        self._decode = self._function(as_fast_loop(decode, jit_compile=xla))
+        self._copies = CopiesInGraph(model) if xla else None
+        self._decode = self._function(over_copies(decode) if xla else as_plain_loop(decode))
         self._logprobs = self._function(logprobs_at)
         self._hidden_states = self._function(lambda model, ids: model.hidden_states(ids))
         self._logits = self._function(lambda model, ids: model.logits(model.hidden_states(ids)))
@@ -99,11 +102,15 @@ class GraphLoop:
         state = self._prefill(prompts.ids, prompts.lengths, sampling, limits, 1, 0, prompts.prompt_lengths)
         longest = tf.maximum(tf.reduce_max(limits.lengths), tf.shape(prompts.ids)[1])  # of rows that go no further too
         state = grow(state, self.n_positions(longest))
-        if prompts.ids.shape[0] == 1:  # of which the cache knows nothing
+        has_one_row = prompts.ids.shape[0] == 1
+        if has_one_row:  # of which the cache knows nothing
             n_head = self.model.config.n_head
             keys, values = (tuple(with_rows(x, n_head) for x in layers) for layers in (state.keys, state.values))
             state = state._replace(keys=keys, values=values)
-        state = self._decode(state, sampling, limits, tf.constant(self.model.config.n_ctx))
+        arguments = [state, sampling, limits, tf.constant(self.model.config.n_ctx)]
+        if self._copies:
+            arguments.append(() if has_one_row else self._copies())
+        state = self._decode(*arguments)
         return Continued(state.ids, state.lengths, state.logprobs, state.stopped)
 
     def logprobs(self, ids: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
