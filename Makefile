@@ -48,9 +48,9 @@ layers: .venv/test.stamp  ## which module may import which
 	$(BIN)/lint-imports
 
 bench: .venv/test.stamp  ## measure, and say what got slower since the stored results
-	$(BIN)/python -m benchmarks.tokenizer --output build/bench/tokenizer.json
-	$(BIN)/python -m benchmarks.in_graph_tokenizer --output build/bench/in_graph_tokenizer.json
-	$(BIN)/python -m benchmarks.compare --against benchmarks/results/compare.json
+	for name in tokenizer in_graph_tokenizer compare; do \
+	  $(BIN)/python -m benchmarks.$$name --output build/bench/$$name.json --against benchmarks/results/$$name.json || failed=1; \
+	done; exit $${failed:-0}
 
 bench-store: .venv/test.stamp  ## measure, and store the results in benchmarks/results
 	$(BIN)/python -m benchmarks.tokenizer

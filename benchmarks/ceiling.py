@@ -34,6 +34,7 @@ import numpy as np
 from tf_gpt2.checkpoint.params import block_shapes, leaves
 from tf_gpt2.config import SIZES, GPT2Config
 
+PAGE_SIZES = ("small", "huge")
 STREAMS = (1, 2, 4, 8, 16)
 AHEAD_BYTES = (0, 1024, 4096)
 HUGE_PAGE_BYTES = 2 << 20
@@ -58,7 +59,7 @@ def main() -> None:
     n_bytes = bytes_per_token(SIZES[arguments.size])
     result: dict[str, Any] = {"machine": describe_machine(), "bytes_per_token": n_bytes, "threads": arguments.threads}
     print(f"{arguments.size}, float32: {n_bytes / 1e6:.1f} MB read per token, {arguments.threads} threads")
-    for pages in ("small", "huge"):
+    for pages in PAGE_SIZES:
         found = Reader(n_bytes, huge_pages=pages == "huge", n_threads=arguments.threads).measure(arguments.passes)
         result[pages] = found
         print(f"{pages:5} pages {found['bytes_per_s'] / 1e9:7.1f} GB/s  {found['bytes_per_s'] / n_bytes:6.1f} tokens/s")

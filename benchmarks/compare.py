@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ceiling import Reader, available_cores, bytes_per_token, measure_gemm
+from benchmarks.ceiling import PAGE_SIZES, Reader, available_cores, bytes_per_token, measure_gemm
 from benchmarks.engines import (
     ENGINES,
     JOBS,
@@ -45,9 +45,9 @@ from benchmarks.engines import (
 )
 from benchmarks.goals import check_goals
 from benchmarks.peers.protocol import Worker, run_prepare, write_model
-from benchmarks.report import start_report, store
+from benchmarks.report import add_against, print_fallen, start_report, store
 from benchmarks.rounds import count_disturbed, find_parting, measure, wait_until_quiet
-from benchmarks.summary import find_slower, summarize
+from benchmarks.summary import Result, check_alike, find_slower, summarize
 from benchmarks.tables import print_result
 from tf_gpt2.checkpoint.params import count_params, leaves, random_params
 from tf_gpt2.config import SIZES, GPT2Config
@@ -55,13 +55,15 @@ from tf_gpt2.config import SIZES, GPT2Config
 OUTPUT = Path("build/bench/compare.json")
 PAGES = {"huge": "glibc.malloc.hugetlb=1", "default": "glibc.malloc.hugetlb=0"}
 """What ``GLIBC_TUNABLES`` is for all engines: whether ``malloc`` asks the kernel for huge pages."""
+FIRST_NEW = 16
+"""New tokens of the first call: it shows what starting costs, not how fast the rest is."""
 SHAPES = {"toy": GPT2Config(n_vocab=1000, n_ctx=1024, n_embd=64, n_head=2, n_layer=2), **SIZES}
 
 
 def main() -> int:
     arguments = parse_arguments()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported, to write the checkpoint
-    stored = json.loads(arguments.against.read_text(encoding="utf-8")) if arguments.against else None
+    stored = read_stored(arguments)
     with tempfile.TemporaryDirectory() as folder:
         result = Comparison(Path(folder), arguments).run()
     result["summary"] = summarize(result)
@@ -70,10 +72,20 @@ def main() -> int:
     store(result, arguments.output)
     slower = find_slower(stored, result, arguments.margin) if stored else []
     if stored:
-        print(f"slower than in {arguments.against} by more than {arguments.margin:.0%}: {len(slower) or 'nothing'}")
-    for line in slower:
-        print(f"  {line}")
+        print_fallen(slower, arguments.against, arguments.margin)
     return int(bool(slower))
+
+
+def read_stored(arguments: argparse.Namespace) -> Result | None:
+    """Reads what to compare with, if anything; stops where that cannot be."""
+    if not arguments.against:
+        return None
+    try:
+        stored = json.loads(arguments.against.read_text(encoding="utf-8"))
+        check_alike(stored["settings"], vars(arguments))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--against {arguments.against}: {error}") from error
+    return stored
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,8 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=available_cores(), help="for each")
     parser.add_argument("--peers_in_memory", "--peers-in-memory", type=int, default=5, help="at a time, beside ours")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write")
-    parser.add_argument("--against", type=Path, help="stored result to compare the ratios with")
-    parser.add_argument("--margin", type=float, default=0.07, help="how much slower than stored is slower")
+    add_against(parser)
     arguments = parser.parse_args()
     if min(arguments.repetitions, arguments.threads, arguments.peers_in_memory) < 1:
         parser.error("--repetitions, --threads and --peers_in_memory must be at least 1")
@@ -192,6 +203,7 @@ class Comparison:
 
     def run_group(self, engines: list[str], *, is_first: bool) -> dict[str, Any]:
         """Starts engines, does each job with all of them in turn, and ends them."""
+        ceilings = {pages: self.measure_ceiling(pages) for pages in PAGE_SIZES}
         with contextlib.ExitStack() as stack:
             workers = {}
             for engine in engines:
@@ -209,11 +221,16 @@ class Comparison:
                 asked = {e: w for e, w in workers.items() if is_ours(e) or not JOBS[job].ours_only}
                 if is_first or not JOBS[job].ours_only:
                     jobs[job] = self.run_job(job, asked)
-        return {"engines": list(workers), "jobs": jobs}
+        return {"engines": list(workers), "jobs": jobs, "ceilings_by_pages": ceilings}
+
+    def measure_ceiling(self, pages: str) -> float:
+        """Gives the read bandwidth over pages of a size, in bytes per second."""
+        n_bytes, n_threads = bytes_per_token(self.config), self.arguments.threads
+        return Reader(n_bytes, huge_pages=pages == "huge", n_threads=n_threads).measure()["bytes_per_s"]
 
     def first_call(self, engine: str, worker: Worker) -> None:
         """Notes how long an engine takes to its first result; of ours, a later process finds what this one compiled."""
-        reply = worker.ask(**self.task("decode"))
+        reply = worker.ask(**self.task("decode") | {"max_new_tokens": FIRST_NEW})
         times = {"ready_s": worker.loaded["ready_s"], "first_call_s": reply["prefill_s"] + reply["decode_s"]}
         if engine not in self.engines:
             facts = {name: worker.loaded[name] for name in ("versions", "load_s")}

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import random
 import statistics
 import string
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.report import start_report, store
+from benchmarks.report import add_against, fallen, print_fallen, start_report, store
 from benchmarks.tokenizer import packaged_vocabulary, standard_library_english
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.tokenizer.in_graph import InGraphEncoder
@@ -34,7 +36,7 @@ PROMPT_LENGTH = 100
 BATCHES = (1, 8, 64)
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
     encoder = Encoder.from_files(arguments.model_dir or packaged_vocabulary())
     start = time.perf_counter()
@@ -52,6 +54,12 @@ def main() -> None:
     }
     print_result(result)
     store(result, arguments.output)
+    if not arguments.against:
+        return 0
+    stored = json.loads(arguments.against.read_text(encoding="utf-8"))
+    lines = fallen(to_encoder(stored), to_encoder(result), arguments.margin)
+    print_fallen(lines, arguments.against, arguments.margin)
+    return int(bool(lines))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repetitions", type=int, default=300, help="how often each way is timed")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to write")
+    add_against(parser)
     arguments = parser.parse_args()
     if arguments.repetitions < 1:
         parser.error(f"--repetitions must be at least 1, got {arguments.repetitions}")
@@ -98,6 +107,11 @@ def measure(
     }
 
 
+def to_encoder(result: dict[str, Any]) -> dict[str, float]:
+    """Gives how many times as fast as ``Encoder`` without a cache the graph is, by case."""
+    return {name: ways["encoder_cold"]["best_ms"] / ways["encode"]["best_ms"] for name, ways in result["cases"].items()}
+
+
 def time_call(function: Callable[[Any], Any], argument: Any) -> float:
     start = time.perf_counter()
     function(argument)
@@ -115,4 +129,4 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,29 @@ def start_report(benchmark: str, arguments: argparse.Namespace, *settings: str) 
         "machine": describe_machine(),
         "settings": {name: getattr(arguments, name) for name in settings},
     }
+
+
+def fallen(before: Mapping[str, float], after: Mapping[str, float], margin: float) -> list[str]:
+    """Says which figures, of which larger ones are better, fell by more than ``margin``, or are missing."""
+    missing = [f"{name}: {before[name]:.2f} -> not measured" for name in before if name not in after]
+    return missing + [
+        f"{name}: {before[name]:.2f} -> {after[name]:.2f}"
+        for name in before
+        if name in after and after[name] * (1 + margin) < before[name]
+    ]
+
+
+def add_against(parser: argparse.ArgumentParser) -> None:
+    """Adds the two options for a comparison with a stored result; then the exit code is 1 if something fell."""
+    parser.add_argument("--against", type=Path, help="stored result to compare the ratios with")
+    parser.add_argument("--margin", type=float, default=0.07, help="how much worse than stored is worse")
+
+
+def print_fallen(lines: Sequence[str], against: Path, margin: float) -> None:
+    """Prints what ``fallen`` gives."""
+    print(f"worse than in {against} by more than {margin:.0%}: {len(lines) or 'nothing'}")
+    for line in lines:
+        print(f"  {line}")
 
 
 def store(result: dict[str, Any], path: Path) -> None:

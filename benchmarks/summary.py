@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engines import JOBS, is_ours
+from benchmarks.ceiling import PAGE_SIZES
+from benchmarks.engines import JOBS, REFERENCE, is_ours
+from benchmarks.report import fallen
 
 Result = dict[str, Any]
 """What ``compare`` stores: ``groups``, each with ``jobs``, each with ``rounds``; ``bytes_per_token``."""
+FIRST_CALL_MARGIN = 0.3
 
 
 def summarize(result: Result) -> dict[str, Any]:
@@ -21,8 +24,8 @@ def summarize(result: Result) -> dict[str, Any]:
 
     Returns:
         ``tokens_per_s`` and ``seconds``, by job and engine; ``ratios``, by job, engine of ours and peer: how many
-        times as fast ours is; ``ceiling_tokens_per_s`` and ``share_of_ceiling`` by engine: decoding, against reading
-        the float32 weights.
+        times as fast ours is; ``ceiling_tokens_per_s``, ``ceilings_by_pages`` and ``share_of_ceiling`` by engine:
+        decoding, against reading the float32 weights.
     """
     found = [job for job in JOBS if any(job in group["jobs"] for group in result["groups"])]
     engines = {job: sorted({engine for one in rounds_of(result, job) for engine in one["replies"]}) for job in found}
@@ -46,6 +49,10 @@ def summarize_ceiling(result: Result, engines: list[str]) -> dict[str, Any]:
     bandwidths = [value for one in rounds_of(result, "decode") for value in one["ceilings"]]
     return {
         "ceiling_tokens_per_s": median(bandwidths) / result["bytes_per_token"],
+        "ceilings_by_pages": {
+            pages: median([group["ceilings_by_pages"][pages] for group in result["groups"]]) / result["bytes_per_token"]
+            for pages in PAGE_SIZES
+        },
         "share_of_ceiling": {engine: share_of_ceiling(result, engine) for engine in engines},
     }
 
@@ -95,26 +102,30 @@ def median(values: list[float]) -> float:
 
 
 def find_slower(stored: Result, found: Result, margin: float) -> list[str]:
-    """Says what of ours got slower, relative to each peer and to the ceiling, by more than ``margin``, or is missing.
+    """Says what of ours got worse by more than ``margin``, or is missing.
+
+    Speeds are held against each peer's and the ceiling, int8 against float32, far positions against near ones, memory
+    against the weights. First calls, of which there is one per run, may be ``FIRST_CALL_MARGIN`` slower.
+    """
+    worse = fallen(comparable(stored), comparable(found), margin)
+    return worse + fallen(first_calls(stored), first_calls(found), max(margin, FIRST_CALL_MARGIN))
+
+
+def check_alike(stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuses to compare runs that are not measured alike.
 
     Raises:
-        ValueError: when the two were not measured alike.
+        ValueError: naming the setting.
     """
     for name in ("size", "pages", "threads"):
-        old, new = (result["settings"][name] for result in (stored, found))
-        if old != new:
-            raise ValueError(f"{name} must be {old!r} as in the stored result, got {new!r}")
-    before, after = comparable(stored["summary"]), comparable(found["summary"])
-    missing = [f"{name}: {before[name]:.2f} -> not measured" for name in before if name not in after]
-    return missing + [
-        f"{name}: {before[name]:.2f} -> {after[name]:.2f}"
-        for name in before
-        if name in after and after[name] * (1 + margin) < before[name]
-    ]
+        if stored[name] != settings[name]:
+            raise ValueError(f"{name} must be {stored[name]!r} as in the stored result, got {settings[name]!r}")
 
 
-def comparable(summary: dict[str, Any]) -> dict[str, float]:
-    """Gives all ratios of a summary, larger ones better, by name."""
+def comparable(result: Result) -> dict[str, float]:
+    """Gives all figures that do not depend on the machine's speed, larger ones better, by name."""
+    summary = result["summary"]
+    rates = summary["tokens_per_s"]
     ratios = {
         f"{job}, {ours} to {peer}": value
         for job, by_ours in summary["ratios"].items()
@@ -126,4 +137,33 @@ def comparable(summary: dict[str, Any]) -> dict[str, float]:
         for engine, value in summary["share_of_ceiling"].items()
         if is_ours(engine)
     }
-    return ratios | shares
+    to_float32 = {
+        f"{job}, {engine} to {REFERENCE}": ratio(result, job, engine, REFERENCE)
+        for job, by_engine in rates.items()
+        for engine in by_engine
+        if is_ours(engine) and engine != REFERENCE
+    }
+    near, far = rates.get("position_50", {}), rates.get("position_1000", {})
+    by_position = {f"position 1000 to 50, {engine}": far[engine] / near[engine] for engine in far if engine in near}
+    memory = {
+        f"weights in float32 to peak memory, {engine}": result["weight_bytes"] / facts["peak_bytes"]
+        for engine, facts in result["engines"].items()
+        if is_ours(engine)
+    }
+    return ratios | shares | to_float32 | by_position | memory
+
+
+def first_calls(result: Result) -> dict[str, float]:
+    """Gives how much sooner the first text of ours comes than KerasHub's, which TensorFlow compiles as well."""
+    peer = result["engines"].get("keras_hub:float32")
+    if peer is None:
+        return {}
+    ours = {engine: facts for engine, facts in result["engines"].items() if is_ours(engine)}
+    first = {f"first call, {engine}": facts for engine, facts in ours.items()}
+    warm = {f"first call, second process, {engine}": facts["warm"] for engine, facts in ours.items() if "warm" in facts}
+    return {name: seconds_to_first(peer) / seconds_to_first(facts) for name, facts in (first | warm).items()}
+
+
+def seconds_to_first(facts: dict[str, Any]) -> float:
+    """Adds up the start and the first call."""
+    return facts["ready_s"] + facts["first_call_s"]

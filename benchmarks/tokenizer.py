@@ -16,7 +16,9 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import statistics
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -26,14 +28,14 @@ from typing import Any
 
 import tiktoken
 
-from benchmarks.report import start_report, store
+from benchmarks.report import add_against, fallen, print_fallen, start_report, store
 from tf_gpt2.tokenizer.encoder import END_OF_TEXT, PATTERN, Encoder
 
 RESULTS = Path(__file__).parent / "results" / "tokenizer.json"
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
     encoder = Encoder.from_files(arguments.model_dir or packaged_vocabulary())
     peer = make_tiktoken(encoder)
@@ -51,6 +53,12 @@ def main() -> None:
     }
     print_result(result)
     store(result, arguments.output)
+    if arguments.against:
+        stored = json.loads(arguments.against.read_text(encoding="utf-8"))
+        lines = fallen(stored["ratio_to_tiktoken"], result["ratio_to_tiktoken"], arguments.margin)
+        print_fallen(lines, arguments.against, arguments.margin)
+        return int(bool(lines))
+    return 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repetitions", type=int, default=9, help="how often each way is timed")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to write")
+    add_against(parser)
     arguments = parser.parse_args()
     if arguments.repetitions < 1:
         parser.error(f"--repetitions must be at least 1, got {arguments.repetitions}")
@@ -154,4 +163,4 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

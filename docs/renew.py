@@ -42,9 +42,11 @@ def renewed() -> dict[Path, str]:
         "generation": generation_table(),
         "generation_short": short_generation_table(),
         "step": step_table(),
+        "serving": serving_table(),
         "tokenizer": tokenizer_table(),
     }
-    documents = {path: fill(path, sections) for path in (ROOT / "README.md", ROOT / "docs" / "performance.md")}
+    paths = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "serving.md"
+    documents = {path: fill(path, sections) for path in paths}
     return {**documents, ROOT / "docs" / "command_line.md": command_line()}
 
 
@@ -110,8 +112,26 @@ def generation_table() -> str:
     lines += [
         "",
         f"A second process of ours finds what the first compiled: {', '.join(warm)}. Versions: {versions(result)}.",
+        "",
+        partings(result),
     ]
     return "\n".join([*lines, "", goals_table(result)])
+
+
+def partings(result: dict[str, Any]) -> str:
+    """Says whose greedy ids are not ours: how many new tokens of a row agree, and how far apart our logits then are."""
+    found: dict[str, str] = {}
+    for group in result["groups"]:
+        for engine, parting in group["jobs"].get("decode", {"parting": {}})["parting"].items():
+            if parting:
+                found[engine] = f"{parting['new_token']} in {label(result, engine)} ({parting['logit_gap']:.2g})"
+    new = result["jobs"]["decode"]["new"]
+    if not found:
+        return f"The {new} greedy ids of all are those of our float32."
+    return (
+        f"Of the {new} greedy ids so many are those of our float32, and then our logits of the two are so far apart: "
+        f"{', '.join(found.values())}; in all others all."
+    )
 
 
 def short_generation_table() -> str:
@@ -142,10 +162,17 @@ def goals_table(result: dict[str, Any]) -> str:
     words = {True: "reached", False: "**missed**", None: "not measured"}
     rows = [
         f"| {goal['goal']} | {'' if goal['measured'] is None else format(goal['measured'], '.2f')} "
-        f"| {words[goal['reached']]} |"
-        for goal in result["goals"]
+        f"| {words[goal['reached']]} | `{goal['command']}` |"
+        for goal in [*result["goals"], tokenizer_goal()]
     ]
-    return "\n".join(["| goal | measured | |", "|---|---|---|", *rows])
+    return "\n".join(["| goal | measured | | `python -m benchmarks.` … |", "|---|---|---|---|", *rows])
+
+
+def tokenizer_goal() -> dict[str, Any]:
+    """Gives the goal for ``Encoder``, from a result of its own."""
+    measured = load("tokenizer")["ratio_to_tiktoken"]["encoder_warm"]
+    goal = "tokenizer: to tiktoken, one thread, with a warm cache ≥ 0.5"
+    return {"goal": goal, "measured": measured, "reached": measured >= 0.5, "command": "tokenizer"}
 
 
 def by_speed(result: dict[str, Any]) -> list[str]:
@@ -173,9 +200,16 @@ def caption(result: dict[str, Any]) -> str:
         f"{settings['size']} shapes, random weights; {jobs['decode']['prompt']} prompt tokens and "
         f"{jobs['decode']['new']} new, in the batch {jobs['batch']['new']} new each; "
         f"{settings['threads']} threads, {settings['pages']} pages, "
-        f"medians of {settings['repetitions']}; ceiling {result['summary']['ceiling_tokens_per_s']:.1f} tokens/s; "
+        f"medians of {settings['repetitions']}; ceiling {result['summary']['ceiling_tokens_per_s']:.1f} tokens/s"
+        f"{ceilings(result)}; products {result['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s; "
         f"{machine['cpu']}, {machine['n_cores']} cores, {result['date'][:10]}.{warning(result)}"
     )
+
+
+def ceilings(result: dict[str, Any]) -> str:
+    """Says what the memory gives with each size of pages."""
+    by_pages = result["summary"]["ceilings_by_pages"]
+    return f" ({', '.join(f'{pages} pages {rate:.1f}' for pages, rate in by_pages.items())})"
 
 
 def warning(result: dict[str, Any]) -> str:
@@ -219,6 +253,33 @@ def ms(duration_ms: float) -> str:
 def is_part_of_step(entry: dict[str, Any], dtype: str) -> bool:
     """Says whether a measurement of growth is one of a step without a part."""
     return (entry["question"], entry["dtype"]) == ("without", dtype)
+
+
+def serving_table() -> str:
+    """Gives the table of an export's requests, beside ``TextGenerator``."""
+    result = load("serving")
+    lines = [
+        "| model | rows | plain | compiled | `TextGenerator` | plain of compiled | compiled of `TextGenerator` "
+        "| a request, plain / compiled | the first one |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in result["models"]:
+        for rows, one in model["batches"].items():
+            steady = {name: median(times) for name, times in one["steady_s"].items()}
+            rate = {name: f"{one['n_tokens'] / duration_s:.0f}" for name, duration_s in steady.items()}
+            to_xla, to_python = steady["xla"] / steady["plain"], steady["generator"] / steady["xla"]
+            lines.append(
+                f"| {model['model']} | {rows} | {rate['plain']} | {rate['xla']} | {rate['generator']} "
+                f"| {to_xla:.2f} | {to_python:.2f} | {steady['plain']:.2f} / {steady['xla']:.2f} s "
+                f"| {one['first_s']['plain']:.1f} / {one['first_s']['xla']:.1f} s |"
+            )
+    made = [
+        f"{model['model']} was exported in {model['export_s']:.0f} s with both kinds of signatures, has "
+        f"{model['size_bytes'] / 1e6:.0f} MB, and was loaded in {model['load_s']:.1f} s"
+        for model in result["models"]
+    ]
+    note = f"\nTokens/s of all rows, {result['prompt']} prompt tokens and 40 new ones a row, float32, medians. "
+    return "\n".join(lines) + f"\n{note}{'; '.join(made)}. {result['machine']['cpu']}, {result['date'][:10]}."
 
 
 def tokenizer_table() -> str:

@@ -104,7 +104,7 @@ def test_generate_gives_the_texts_of_complete(generator, many, tmp_path):
     file.write_text("\n".join(prompts), encoding="utf-8")
     assert generator.generate(tuple(prompts), **options) == expected
     assert generator.generate(np.array(prompts), **options) == expected
-    assert generator.generate(dict.fromkeys(dict.fromkeys(prompts)), **options) == expected
+    assert generator.generate(dict.fromkeys(prompts).keys(), **options) == expected
     assert [one.text for one in generator.complete_many(iter(prompts), **options)] == expected
     with file.open(encoding="utf-8") as lines:
         assert generator.generate((line.rstrip("\n") for line in lines), **options) == expected

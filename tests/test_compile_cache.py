@@ -45,7 +45,7 @@ def test_it_can_be_moved_or_switched_off(flags, monkeypatch, tmp_path):
         monkeypatch.setenv(compile_cache.VARIABLE, off)
         assert flags() == "--tf_xla_clustering_debug"
     monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path / "elsewhere"))
-    assert f"=\"{tmp_path / 'elsewhere'}/tensorflow-" in flags()
+    assert f'="{tmp_path / "elsewhere"}/tensorflow-' in flags()
 
 
 def test_a_folder_of_the_users_choice_stays(flags, monkeypatch):

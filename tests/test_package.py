@@ -1,5 +1,6 @@
 """The package as a whole: its public names, its wheel, its size."""
 
+import importlib.metadata
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,10 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("name", tf_gpt2.__all__)
 def test_public_names_exist_and_are_documented(name):
     assert getattr(tf_gpt2, name).__doc__
+
+
+def test_the_version_is_that_of_the_package():
+    assert tf_gpt2.__version__ == importlib.metadata.version("tf_gpt2")
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_gpt2.checkpoint.download import FILES, embedded_dir
+from tf_gpt2.checkpoint.download import FILES, VOCABULARY_FILES, embedded_dir
 from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
 from tf_gpt2.config import GPT2Config, read_hparams
-from tf_gpt2.errors import CheckpointError, ContextLengthError
+from tf_gpt2.conversation import Conversation
+from tf_gpt2.errors import CheckpointError, ContextLengthError, ParamsError
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.run import Run, loop_of
 from tf_gpt2.loading import load_encoder_hparams_and_params
@@ -111,8 +113,10 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_missing_file_is_a_checkpoint_error(name, small):
     folder, _ = small()
     (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint|hparams|encoder|vocab"):
+    with pytest.raises(CheckpointError, match=r"checkpoint|hparams|encoder|vocab") as caught:
         TextGenerator.from_checkpoint(folder)
+    if name in VOCABULARY_FILES:
+        assert f"{name} is missing; copy it from" in str(caught.value)
 
 
 def test_model_and_vocabulary_must_fit(small, generator):
@@ -252,10 +256,49 @@ def test_too_long_a_prompt_is_refused(plain):
         plain(["To be", "To be " * 500])
 
 
-@pytest.mark.parametrize("prompts", [5, None, [5], [b"To be"], b"To be", [["To be"]]])
-def test_what_is_no_text_is_refused(prompts, plain):
-    with pytest.raises(TypeError):
-        plain(prompts)
+@pytest.mark.parametrize("texts", [5, None, [5], [b"To be"], b"To be", [["To be"]], {"To be": 1}])
+def test_what_is_no_text_is_refused(texts, plain, generator):
+    message = r"^(prompts|texts)(\[0\])? must be (a )?str.* got .*(To be|5|None)"
+    for ask in (plain, generator.beam_search, generator.score):
+        with pytest.raises(TypeError, match=message):
+            ask(texts)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("max_new_token", "max_new_tokens"), ("stops", "stop"), ("stop_ids", "stop"), ("temprature", "temperature")],
+)
+def test_an_unknown_option_is_named_with_what_was_meant(wrong, meant, generator):
+    for ask in (generator.generate, generator.complete, generator.complete_many, generator.stream):
+        with pytest.raises(TypeError, match=f"'{wrong}' is no option of generation, did you mean '{meant}'"):
+            ask("To be" if ask != generator.complete_many else ["To be"], **{wrong: 1})
+
+
+@pytest.mark.parametrize("make", [np.int64, np.array, tf.constant])
+def test_a_number_of_tokens_may_be_any_integer(make, generator, plain):
+    assert plain("To be", max_new_tokens=make(4)) == plain("To be", max_new_tokens=4)
+    assert "".join(generator.stream("To be", max_new_tokens=make(4), jit_compile=False)) == plain(
+        "To be", max_new_tokens=4
+    )
+
+
+def test_a_model_that_gives_no_numbers_is_refused(generator):
+    """Rather than a text of whatever id stands where there is no largest logit."""
+    params = generator.model.get_params()
+    params["wpe"][0] = np.nan
+    broken = GPT2Model(generator.model.config)
+    broken.set_weights(params)
+    broken = TextGenerator(broken, generator.encoder)
+    asked = [
+        lambda: broken.generate(["To be", "x"], jit_compile=False),
+        lambda: broken.generate("To be", overflow="slide", jit_compile=False),
+        lambda: list(broken.stream("To be", jit_compile=False)),
+        lambda: broken.beam_search("To be", jit_compile=False),
+        lambda: list(Conversation(broken, jit_compile=False).add("To be")),
+    ]
+    for ask in asked:
+        with pytest.raises(ParamsError, match=r"logits that are not numbers.*isfinite"):
+            ask()
 
 
 def test_no_prompts_are_refused(plain):
@@ -344,7 +387,7 @@ def test_completions_say_how_long_they_took(generator):
 
 @pytest.mark.parametrize("prompt", [["To be"], 5, None, b"To be"])
 def test_only_one_text_is_streamed(prompt, generator):
-    with pytest.raises(TypeError, match="prompt must be one str"):
+    with pytest.raises(TypeError, match=r"^prompt must be a str, got"):
         generator.stream(prompt)
 
 

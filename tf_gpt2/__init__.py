@@ -20,7 +20,7 @@ _HOMES = {
     "BeamSearchResult": "tf_gpt2.generation.beam",
     "Encoder": "tf_gpt2.tokenizer.encoder",
     "Completion": "tf_gpt2.completion",
-    "GenerationResult": "tf_gpt2.generation.generate",
+    "GenerationResult": "tf_gpt2.generation.result",
     "Perplexity": "tf_gpt2.perplexity",
     "Score": "tf_gpt2.generation.scoring",
     "TextGenerator": "tf_gpt2.pipeline",
@@ -43,6 +43,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("tf_gpt2.package").package_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'tf_gpt2' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

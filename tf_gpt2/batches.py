@@ -90,8 +90,7 @@ def complete_many(
         TypeError: when a prompt is not a str, or an option is unknown.
         ValueError: when an option is out of range, or there are no prompts.
     """
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-        raise TypeError(f"prompts must be str in a list or another iterable, got {prompts!r}")
+    check_several("prompts", prompts)
     stops, config = check_stops(stop), model.config
     n_samples = 1 if num_samples is None else num_samples
     check_counts(batch_size=batch_size, num_samples=n_samples)
@@ -106,9 +105,7 @@ def complete_many(
 
     def read() -> Iterator[Prompt]:
         for i, (text, own) in enumerate(zip_options(prompts, each)):
-            if not isinstance(text, str):
-                raise TypeError(f"prompts[{i}] must be a str, got {text!r}")
-            ids = encode_prompt(encoder, text)
+            ids = encode_prompt(encoder, check_text(f"prompts[{i}]", text))
             yield Prompt(check_prompt(f"prompts[{i}]", ids, config, overflow=overflow), own)
 
     def complete(batch: Sequence[Prompt]) -> list[Any]:
@@ -130,6 +127,27 @@ def complete_many(
 
     read_prompts = iter(list(read())) if isinstance(prompts, Sequence) else read()
     return in_batches(read_prompts, complete, batch_size, n_prompts=n_prompts, progress=progress)
+
+
+def check_several(name: str, texts: Any) -> None:
+    """Refuses what does not give several texts."""
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} must be str in a list or another iterable, got {texts!r}")
+
+
+def check_text(name: str, text: Any) -> str:
+    """Refuses what is no text."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str, got {text!r}")
+    return text
+
+
+def check_texts(name: str, texts: str | Iterable[str]) -> list[str]:
+    """Gives one text, or several, as a list."""
+    if isinstance(texts, str):
+        return [texts]
+    check_several(name, texts)
+    return [check_text(f"{name}[{i}]", text) for i, text in enumerate(texts)]
 
 
 def in_batches(

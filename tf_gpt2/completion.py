@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tf_gpt2.generation.generate import GenerationResult, Timings
+from tf_gpt2.generation.result import GenerationResult, Timings
 from tf_gpt2.tokenizer.encoder import Encoder
 
 

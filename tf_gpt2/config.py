@@ -62,8 +62,11 @@ class GPT2Config:
         """Makes a config from the dict in ``hparams.json``; keys that GPT-2 does not know are ignored.
 
         Raises:
+            TypeError: when it is not a dict, or a hyperparameter not an integer.
             ValueError: when a hyperparameter is missing or out of range.
         """
+        if not isinstance(hparams, Mapping):
+            raise TypeError(f"hparams must be the dict in hparams.json, got {hparams!r}; from_file reads one")
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in hparams]
         if missing:

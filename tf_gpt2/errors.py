@@ -18,7 +18,7 @@ class CheckpointError(GPT2Error):
 
 
 class ParamsError(GPT2Error, ValueError):
-    """A parameter tree has a missing, extra or misshapen leaf."""
+    """A parameter tree has a missing, extra or misshapen leaf, or numbers that give no logits."""
 
 
 class ContextLengthError(GPT2Error, ValueError):

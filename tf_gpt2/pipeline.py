@@ -6,20 +6,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_gpt2.batches import complete_many, encode_prompt
+from tf_gpt2.batches import check_text, check_texts, complete_many, encode_prompt
 from tf_gpt2.completion import TextPieces, check_stops, texts_of
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.generate import stream, warm_up
 from tf_gpt2.generation.scoring import Progress, score
+from tf_gpt2.generation.settings import SamplingOptions, check_names
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.perplexity import Perplexity, measure_perplexity
 from tf_gpt2.tokenizer.encoder import Encoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from tf_gpt2.generation.settings import SamplingOptions
 
 DTYPES = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
 """What each name means for ``GPT2Model``."""
@@ -148,6 +147,7 @@ class TextGenerator:
             TypeError: when a prompt is not a str, or an option is unknown.
             ValueError: when an option is out of range, or there are no prompts.
         """
+        check_names(options, self.complete_many)
         return complete_many(
             self.model,
             self.encoder,
@@ -196,8 +196,8 @@ class TextGenerator:
             >>> "".join(generator.stream("To be")) == generator.generate("To be")
             True
         """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt must be one str, got {prompt!r}; stream each text by itself")
+        check_text("prompt", prompt)
+        check_names(options, self.stream, stream, without=["stop_ids"])
         pieces = TextPieces(self.encoder, check_stops(stop))
         chunks = stream(
             self.model,
@@ -226,8 +226,7 @@ class TextGenerator:
             TypeError: when a prompt is not a str, or an option is unknown.
             ValueError: when an option is out of range.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows = [self.encode_prompt(text) for text in texts]
+        rows = [self.encode_prompt(text) for text in check_texts("prompts", prompts)]
         result = beam_search(self.model, rows, stop_ids=self.stop_ids(stop_at_end_of_text), **options)
         found = [
             list(zip(map(self.encoder.decode, best), scores, strict=True))
@@ -285,7 +284,7 @@ class TextGenerator:
         start_id = self.encoder.end_of_text if after_end_of_text else None
         if after_end_of_text and start_id is None:
             raise ValueError("after_end_of_text must be False: this vocabulary has no <|endoftext|>")
-        rows = self.encoder.encode_batch([texts] if isinstance(texts, str) else texts)
+        rows = self.encoder.encode_batch(check_texts("texts", texts))
         scores = score(self.model, rows, start_id=start_id, jit_compile=jit_compile)
         return scores[0] if isinstance(texts, str) else scores
 

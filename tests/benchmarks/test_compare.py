@@ -2,7 +2,10 @@
 
 import argparse
 import copy
+import json
 import math
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from tf_gpt2.checkpoint.params import leaves, param_shapes
 from tf_gpt2.config import SIZES
 
 OURS, INT8, HF, CT2 = "tf_gpt2:float32", "tf_gpt2:int8", "huggingface:float32", "ctranslate2:float32"
+KERAS = "keras_hub:float32"
 N_BYTES = 1000
 
 
@@ -24,14 +28,23 @@ def one_round(replies, ceilings=(), others=0.0):
 def make_result(**jobs):
     """Two groups: ``jobs`` gives for each job the rounds of the first and of the second."""
     groups = [
-        {"engines": [], "jobs": {job: {"parting": {}, "rounds": both[i]} for job, both in jobs.items()}} for i in (0, 1)
+        {
+            "engines": [],
+            "jobs": {job: {"parting": {}, "rounds": both[i]} for job, both in jobs.items()},
+            "ceilings_by_pages": {"small": 1000 * (i + 1), "huge": 3000},
+        }
+        for i in (0, 1)
     ]
     result = {
         "groups": groups,
         "bytes_per_token": N_BYTES,
         "weight_bytes": 1e9,
         "settings": {"size": "124M", "pages": "huge", "threads": 2},
-        "engines": {OURS: {"peak_bytes": 1.7e9}, INT8: {"peak_bytes": 0.9e9}},
+        "engines": {
+            OURS: {"peak_bytes": 1.7e9, "ready_s": 4, "first_call_s": 7, "warm": {"ready_s": 4, "first_call_s": 2}},
+            INT8: {"peak_bytes": 0.9e9, "ready_s": 4, "first_call_s": 9},
+            KERAS: {"peak_bytes": 2e9, "ready_s": 8, "first_call_s": 10},
+        },
     }
     return result | {"summary": summary.summarize(result)}
 
@@ -100,6 +113,9 @@ def test_goals(result):
             "position 1000 to 50: int8's time per token": (7.0 / 59) / (5.1 / 51),
             "peak memory: float32, GB": 1.7,
             "peak memory: int8 to our float32": 9 / 17,
+            "first call: float32, nothing compiled before, s": 7,
+            "first call: float32, in a second process, s": 2,
+            "first call: int8, nothing compiled before, s": 9,
         }
     )
     reached = {name for name, goal in found.items() if goal["reached"]}
@@ -109,8 +125,25 @@ def test_goals(result):
         "prefill 512: int8's time to our float32's",
         "position 1000 to 50: int8's time per token",
         "peak memory: float32, GB",
+        "first call: float32, nothing compiled before, s",
+        "first call: float32, in a second process, s",
     }
     assert found["decode: float32 to KerasHub"]["reached"] is None
+
+
+def test_the_ceiling_is_told_for_both_sizes_of_pages(result):
+    assert result["summary"]["ceilings_by_pages"] == {"small": 1.5, "huge": 3}
+
+
+def test_the_command_of_each_goal_is_one_that_measures_it(result, monkeypatch):
+    for goal in goals.check_goals(result):
+        program, *words = shlex.split(goal["command"])
+        monkeypatch.setattr(sys, "argv", [program, *words])
+        arguments = compare.parse_arguments()
+        named = {engine for engine in engines.ENGINES if engines.label(engine) in goal["goal"]}
+        assert {*named, OURS} <= set(arguments.engines)
+        assert INT8 in arguments.engines or "int8" not in goal["goal"]
+        assert goal["goal"].startswith((*(job.partition("_")[0] for job in arguments.jobs), "peak", "first"))
 
 
 def test_goals_take_the_best_peer():
@@ -140,8 +173,34 @@ def test_what_got_slower_is_named(result):
     lines = summary.find_slower(result, slowed(result, "prefill_512", OURS, 1.08), 0.07)
     assert [line.partition(":float32 to")[0] for line in lines] == ["prefill_512, tf_gpt2"] * 2
     assert summary.find_slower(result, slowed(result, "prefill_512", OURS, 1.06), 0.07) == []
-    assert len(summary.find_slower(result, slowed(result, "decode", INT8, 1.2), 0.07)) == 3  # two peers, the ceiling
+    # two peers, the ceiling, float32
+    assert len(summary.find_slower(result, slowed(result, "decode", INT8, 1.2), 0.07)) == 4
     assert summary.find_slower(result, slowed(result, "decode", INT8, 0.5), 0.07) == []
+
+
+def test_all_that_may_get_worse_is_compared(result):
+    assert comparable_names(slowed(result, "decode", INT8, 1.2), result) >= {
+        f"decode, {INT8} to {HF}",
+        f"decode, {INT8} to the ceiling",
+        f"decode, {INT8} to {OURS}",
+    }
+    assert comparable_names(slowed(result, "position_1000", OURS, 1.1), result) >= {f"position 1000 to 50, {OURS}"}
+    for name, value, expected in [
+        ("peak_bytes", 2e9, f"weights in float32 to peak memory, {OURS}"),
+        ("first_call_s", 12, f"first call, {OURS}"),
+        ("warm", {"ready_s": 4, "first_call_s": 5}, f"first call, second process, {OURS}"),
+    ]:
+        changed = result["engines"] | {OURS: result["engines"][OURS] | {name: value}}
+        assert comparable_names(result | {"engines": changed}, result) == {expected}
+    assert comparable_names(result | {"engines": {OURS: result["engines"][OURS]}}, result) >= {
+        f"weights in float32 to peak memory, {INT8}",
+        f"first call, {OURS}",
+    }  # what is not measured is said
+
+
+def comparable_names(worse, result):
+    """Gives the names of what got worse."""
+    return {line.partition(":  ")[0].rpartition(": ")[0] for line in summary.find_slower(result, worse, 0.07)}
 
 
 def test_a_slower_machine_is_no_slower_program(result):
@@ -155,7 +214,21 @@ def test_a_slower_machine_is_no_slower_program(result):
 def test_only_like_is_compared_with_like(result, name):
     other = result | {"settings": result["settings"] | {name: "other"}}
     with pytest.raises(ValueError, match=f"{name} must be"):
-        summary.find_slower(result, other, 0.07)
+        summary.check_alike(result["settings"], other["settings"])
+    summary.check_alike(result["settings"], dict(result["settings"]))
+
+
+def test_what_cannot_be_compared_is_refused_before_the_run(result, tmp_path):
+    stored = tmp_path / "stored.json"
+    stored.write_text(json.dumps({"settings": result["settings"]}))
+    options = argparse.Namespace(against=stored, size="124M", pages="huge", threads=1)
+    with pytest.raises(SystemExit, match=r"stored.json: threads must be 2 as in the stored result, got 1"):
+        compare.read_stored(options)
+    options.threads = 2
+    assert compare.read_stored(options) == {"settings": result["settings"]}
+    options.against = tmp_path / "nowhere"
+    with pytest.raises(SystemExit, match="nowhere"):
+        compare.read_stored(options)
 
 
 class Ours:

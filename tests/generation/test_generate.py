@@ -13,7 +13,8 @@ from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError, GPT2Error
-from tf_gpt2.generation.generate import GenerationResult, generate
+from tf_gpt2.generation.generate import generate
+from tf_gpt2.generation.result import GenerationResult
 from tf_gpt2.generation.run import loop_of
 from tf_gpt2.model.gpt2 import GPT2Model
 
@@ -359,6 +360,7 @@ def test_a_prompt_that_fills_the_window_is_refused_with_the_numbers(length, run)
         ("text", "prompts must be .* got 'text'"),
         (None, "prompts must be .* got None"),
         (5, "prompts must be .* got 5"),
+        ({1: 2}, "prompts must be .* got {1: 2}"),
         ([5], r"prompts\[0\] must be a list of integers, got 5; wrap one list of ids as \[ids\]"),
         (["text"], r"prompts\[0\] must be a list of integers, got 'text'"),
         ([[1], [1.0]], r"prompts\[1\] must be a list of integers"),

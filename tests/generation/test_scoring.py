@@ -227,6 +227,8 @@ def test_too_long_a_row_is_refused(odd_model):
         ([["a"]], None, r"rows\[0\] must be a list of integers"),
         (["text"], None, r"rows\[0\] must be a list of integers"),
         ([[True]], None, r"rows\[0\] must be a list of integers"),
+        (5, None, "rows must be a list of lists of ids, got 5"),
+        ({}, None, "rows must be a list of lists of ids, got {}"),
         ([5], None, r"rows\[0\] must be a list of integers, got 5; wrap one list"),
         ([[[1], [2, 3]]], None, r"rows\[0\] must be a list of integers"),
     ],

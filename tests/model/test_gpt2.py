@@ -138,6 +138,15 @@ def test_wrong_ids_are_refused(ids, error, message, odd_model):
         odd_model(tf.constant(ids))
 
 
+def test_a_config_that_is_none_is_refused():
+    with pytest.raises(TypeError, match=r"config must be a GPT2Config, got {'n_vocab': 5}.*from_hparams"):
+        GPT2Model({"n_vocab": 5})
+    with pytest.raises(TypeError, match=r"hparams must be the dict in .*, got 'tiny'"):
+        GPT2Config.from_hparams("tiny")
+    with pytest.raises(TypeError, match="weights must be a parameter tree"):
+        GPT2Model(TINY).set_weights(5)
+
+
 def test_too_long_and_float_ids_are_refused_inside_graphs_too():
     model = GPT2Model(TINY)
     with pytest.raises(ContextLengthError, match="ids are 6 long"):

@@ -128,6 +128,11 @@ def test_training_is_refused(odd_config, odd_params):
     assert np.isfinite(model.evaluate(ids, ids, verbose=0))
 
 
+def test_a_model_that_is_made_is_not_quantized_in_silence(odd_config):
+    with pytest.raises(NotImplementedError, match="mode='int8': a GPT2Model is quantized when it is made"):
+        GPT2Model(odd_config).quantize("int8")
+
+
 def test_other_precisions_are_refused(odd_config):
     with pytest.raises(ValueError, match="quantization must be None or 'int8', got 'int4'"):
         GPT2Model(odd_config, quantization="int4")

@@ -35,7 +35,9 @@ def answers(exported, tmp_path_factory):
     from tests.serving.loader import pack_inputs, read_signatures, unpack
 
     signatures = read_signatures(exported)
-    cases = {case + suffix: (name + suffix, inputs) for case, (name, inputs) in CASES.items() for suffix in ("", "_xla")}
+    cases = {
+        case + suffix: (name + suffix, inputs) for case, (name, inputs) in CASES.items() for suffix in ("", "_xla")
+    }
     cases = {case: (name, inputs) for case, (name, inputs) in cases.items() if name in signatures}
     requests = [(name, pack_inputs(signatures[name], inputs)) for name, inputs in cases.values()]
     folder = tmp_path_factory.mktemp("answers")

@@ -330,6 +330,12 @@ def test_decode_refuses_what_is_not_an_integer(real_encoder, ids):
         real_encoder.decode(ids)
 
 
+@pytest.mark.parametrize("ids", [5, None, "ab", b"ab"])
+def test_decode_refuses_what_is_not_a_list(real_encoder, ids):
+    with pytest.raises(TypeError, match=r"ids must be a list of integers, got .*(5|None|ab)"):
+        real_encoder.decode(ids)
+
+
 def test_errors_says_what_becomes_of_broken_utf8(real_encoder):
     ids = [real_encoder.encoder[symbol] for symbol in "\u00e4\u00b8"]  # E4 B8: a character without its last byte.
     assert real_encoder.decode(ids) == "\ufffd"
@@ -345,10 +351,11 @@ def test_encode_refuses_what_is_not_text(real_encoder, text):
         real_encoder.encode(text)
 
 
-def test_encode_batch_refuses_a_single_text(real_encoder):
+@pytest.mark.parametrize("texts", ["Not all", b"Not all", None, 5, {"Not": "all"}])
+def test_encode_batch_takes_several_texts_only(real_encoder, texts):
     assert real_encoder.encode_batch(["Not all", ""]) == [[3673, 477], []]
-    with pytest.raises(TypeError, match="texts must be a list of str, got a str"):
-        real_encoder.encode_batch("Not all")
+    with pytest.raises(TypeError, match=r"texts must be a list of str, got .*(Not|None|5)"):
+        real_encoder.encode_batch(texts)
 
 
 VOCABULARY = {symbol: token_id for token_id, symbol in enumerate([*bytes_to_unicode().values(), "Ġh", "Ġhi"])}
@@ -379,8 +386,8 @@ def test_get_encoder_reads_a_folder(tmp_path, merges):
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        ({"vocabulary": None}, "encoder.json"),
-        ({"merges": None}, "vocab.bpe"),
+        ({"vocabulary": None}, "encoder.json is missing"),
+        ({"merges": None}, "vocab.bpe is missing"),
         ({"vocabulary": "<?xml version='1.0'?>\n<Error/>"}, "encoder.json is not JSON"),
         ({"vocabulary": '{"a": 1'}, "encoder.json is not JSON"),
         ({"vocabulary": ["a"]}, "encoder.json is not a vocabulary"),
@@ -404,7 +411,8 @@ def test_damaged_files_are_named_with_a_remedy(tmp_path, files, named):
     with pytest.raises(CheckpointError, match=named) as raised:
         Encoder.from_files(write_files(tmp_path, **files))
     assert str(tmp_path) in str(raised.value)
-    assert "download the checkpoint again" in str(raised.value)
+    remedy = "download it with" if "is missing" in named else "download the checkpoint again"
+    assert remedy in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

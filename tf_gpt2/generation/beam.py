@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.beam_loop import Finished, Search, run
 from tf_gpt2.generation.prompts import check_prompts, pad
+from tf_gpt2.generation.run import NO_NUMBERS
 from tf_gpt2.generation.settings import check_counts, make_limits
 from tf_gpt2.model.gpt2 import GPT2Model
 
@@ -74,6 +76,7 @@ def beam_search(
 
     Raises:
         ContextLengthError: when a prompt leaves no room in the window.
+        ParamsError: when the model's logits are not numbers.
         ValueError: when an argument is out of range, or a prompt is empty or has ids outside the vocabulary.
         TypeError: when prompts are not lists of integers.
 
@@ -126,6 +129,8 @@ def make_result(
     result = BeamSearchResult([], [], [])
     for row, *of_prompt in zip(rows, *tensors, strict=True):
         best = [one for one in zip(*of_prompt, strict=True) if np.isfinite(one[2])][:num_return_sequences]
+        if not best:  # one sequence there always is
+            raise ParamsError(NO_NUMBERS)
         result.ids.append([ids[len(row) : end].tolist() for ids, end, _, _ in best])
         result.scores.append([float(score) for _, _, score, _ in best])
         result.finish_reasons.append(

@@ -1,6 +1,6 @@
 """``generate`` and ``stream``: lists of ids in, lists of new ids out, at the end or as they come.
 
-Checks what the user gives, runs the compiled loop, cuts out the new ids. Knows nothing of text.
+Checks what the user gives, and runs the compiled loop. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -8,16 +8,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-import tensorflow as tf
+from typing import TYPE_CHECKING
 
 from tf_gpt2.generation.lookup_run import check_lookup
-from tf_gpt2.generation.loop import State
 from tf_gpt2.generation.prompts import check_prompts, fit_prompts, pad
+from tf_gpt2.generation.result import GenerationResult, Timings, make_result, new_ids
 from tf_gpt2.generation.run import Run, compile_run
-from tf_gpt2.generation.settings import SamplingOptions, check_counts, check_top, make_limits, make_sampling
+from tf_gpt2.generation.settings import (
+    SamplingOptions,
+    check_counts,
+    check_max_new_tokens,
+    check_names,
+    check_top,
+    make_limits,
+    make_sampling,
+)
 from tf_gpt2.generation.windows import SlidingRun, start_run
 from tf_gpt2.model.gpt2 import GPT2Model
 
@@ -30,41 +35,6 @@ CHUNK = 16
 
 PIECE_S = 0.1
 """Seconds from one piece of a stream to the next, if steps do not take longer: to a reader it flows."""
-
-
-class Timings(NamedTuple):
-    """Durations of one call.
-
-    Attributes:
-        prefill_s: until each row had its first token.
-        decode_s: for all the others.
-    """
-
-    prefill_s: float
-    decode_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationResult:
-    """What ``generate`` gives, one entry per prompt, or per sample of it.
-
-    Attributes:
-        ids: the new ids only, without the stop id.
-        logprobs: natural logarithms of the new ids' probabilities under the unmodified model.
-        finish_reasons: ``"length"`` after ``max_new_tokens``, ``"stop"`` at a stop id or where ``is_complete`` said so,
-            ``"context"`` when the window was full.
-        top_logprobs: for each new id ``(id, logprob)`` pairs of the likeliest ids under the unmodified model, the
-            likeliest first, of equals the lower id; empty where none were asked for.
-        timings: how long the call took; what had to be compiled is in it. Not compared.
-        n_truncated: how many tokens at the prompt's beginning the model did not see, see ``overflow``.
-    """
-
-    ids: list[list[int]]
-    logprobs: list[list[float]]
-    finish_reasons: list[str]
-    top_logprobs: list[list[list[tuple[int, float]]]] = dataclasses.field(default_factory=list)
-    timings: Timings = dataclasses.field(default=Timings(0.0, 0.0), compare=False)
-    n_truncated: list[int] = dataclasses.field(default_factory=list)
 
 
 def generate(
@@ -115,6 +85,7 @@ def generate(
 
     Raises:
         ContextLengthError: when a prompt leaves no room in the window.
+        ParamsError: when the model's logits are not numbers.
         ValueError: when an argument is out of range, or a prompt is empty or has ids outside the vocabulary.
         TypeError: when prompts are not lists of integers, or an option is unknown.
 
@@ -125,6 +96,8 @@ def generate(
         >>> [len(ids) for ids in result.ids], result.finish_reasons
         ([5, 5], ['length', 'length'])
     """
+    check_names(options, generate)
+    max_new_tokens = check_max_new_tokens(max_new_tokens)
     known, n_truncated = fit_prompts(prompts, max_new_tokens, overflow, model.config)
     check_counts(num_samples=num_samples)
     n_samples, n_top = int(num_samples), check_top(top_logprobs, model.config)
@@ -187,6 +160,8 @@ def stream(
         ValueError: as ``generate``.
         TypeError: as ``generate``.
     """
+    check_names(options, stream)
+    max_new_tokens = check_max_new_tokens(max_new_tokens)
     rows, _ = fit_prompts([prompt], max_new_tokens, overflow, model.config)
     sampling = make_sampling(1, model.config, **options)
     limits = make_limits(rows, max_new_tokens, stop_ids, model.config)
@@ -229,25 +204,6 @@ def length_of(run: Run | SlidingRun) -> int:
     return int(run.state.lengths.numpy()[0])
 
 
-def new_ids(state: State, rows: list[np.ndarray]) -> list[list[int]]:
-    """Gives each row's ids behind its prompt."""
-    return new_part(state.ids, state, rows)
-
-
-def new_part(part: tf.Tensor, state: State, rows: list[np.ndarray]) -> list[list[Any]]:
-    """Gives what a part of the state has behind each row's prompt."""
-    ends = state.lengths.numpy()
-    return [one[len(row) : end].tolist() for one, row, end in zip(part.numpy(), rows, ends, strict=True)]
-
-
-def likeliest(state: State, rows: list[np.ndarray], n: int) -> list[list[list[tuple[int, float]]]]:
-    """Gives the ``n`` likeliest ids at each new id's place, with their log-probabilities."""
-    if n == 0:
-        return [[] for _ in rows]
-    parts = [new_part(part[..., :n], state, rows) for part in (state.top_ids, state.top_logprobs)]
-    return [[list(zip(*place, strict=True)) for place in zip(*row, strict=True)] for row in zip(*parts, strict=True)]
-
-
 def warm_up(
     model: GPT2Model, *, prompt_length: int = 1, max_new_tokens: int = 40, n_prompts: int = 1, jit_compile: bool = True
 ) -> None:
@@ -269,30 +225,3 @@ def warm_up(
     sampling = make_sampling(n_prompts, model.config)
     limits = make_limits(rows, max_new_tokens, (), model.config)
     compile_run(model, *pad(rows, model.config), sampling, limits, jit_compile=jit_compile)
-
-
-def make_result(
-    state: State,
-    rows: list[np.ndarray],
-    max_new_tokens: int,
-    top_logprobs: int,
-    is_complete: Callable[[list[int]], bool] | None,
-    timings: Timings,
-) -> GenerationResult:
-    """Cuts each row's new part out of the loop's last state."""
-    ids, logprobs = new_ids(state, rows), new_part(state.logprobs, state, rows)
-    reasons = [
-        "stop"
-        if stopped or (is_complete is not None and is_complete(row))
-        else "length"
-        if len(row) == max_new_tokens
-        else "context"
-        for row, stopped in zip(ids, state.stopped.numpy(), strict=True)
-    ]
-    return GenerationResult(
-        ids=ids,
-        logprobs=logprobs,
-        finish_reasons=reasons,
-        top_logprobs=likeliest(state, rows, top_logprobs),
-        timings=timings,
-    )

@@ -1,8 +1,8 @@
 """Prefill and decode: the two functions that XLA compiles.
 
 Prefill reads the prompts and chooses each row's first new token; decode feeds the last token back, in a loop inside one
-compiled function, over a cache that grows from call to call. All else that may differ between calls is data; only shapes
-make XLA compile, and these come from ``bucket``. Ids and lengths are taken as valid. Knows nothing of text.
+compiled function; the cache grows between calls. All else that may differ between calls is data; only shapes make XLA
+compile, and these come from ``bucket``. Ids and lengths are taken as valid. Knows nothing of text.
 """
 
 from __future__ import annotations

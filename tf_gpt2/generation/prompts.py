@@ -5,7 +5,7 @@ Knows nothing of text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,7 @@ import tensorflow as tf
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.loop import bucket
-from tf_gpt2.generation.settings import check_max_new_tokens, check_row
+from tf_gpt2.generation.settings import check_row
 
 OVERFLOWS = ERROR, TRUNCATE, SLIDE = "error", "truncate", "slide"
 """What to do with a text that is too long for the window; ``generate`` says what each means."""
@@ -27,7 +27,6 @@ def fit_prompts(
     With ``"truncate"`` these are cut off. With ``"slide"`` the rows stay whole: the window moves over them.
     """
     check_overflow(overflow)
-    check_max_new_tokens(max_new_tokens)
     rows = check_prompts(prompts, config, overflow=overflow)
     if overflow == SLIDE:
         return rows, [window_start(len(row), config.n_ctx) for row in rows]
@@ -46,7 +45,7 @@ def window_start(length: int, n_ctx: int) -> int:
 
 def check_prompts(prompts: Sequence[Sequence[int]], config: GPT2Config, *, overflow: str = ERROR) -> list[np.ndarray]:
     """Checks the prompts and gives them as arrays; longer ones than the window only where ``overflow`` has a use."""
-    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or len(prompts) == 0:
+    if isinstance(prompts, (str, Mapping)) or not hasattr(prompts, "__len__") or len(prompts) == 0:
         raise ValueError(f"prompts must be a non-empty list of lists of ids, got {prompts!r}")
     return [check_prompt(f"prompts[{i}]", prompt, config, overflow=overflow) for i, prompt in enumerate(prompts)]
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.compiled import Compiled, once_per_model
 from tf_gpt2.generation.loop import Limits, State, as_plain_loop, cache_sizes, decode, grow, is_active, prefill
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.transposed import CompiledOverCopies
 from tf_gpt2.model.gpt2 import GPT2Model
+
+NO_NUMBERS = (
+    "model gives logits that are not numbers: its weights hold NaN or infinity, or are too large; look for them with "
+    "numpy.isfinite in what get_params() gives"
+)
 
 
 class Run:
@@ -33,6 +40,9 @@ class Run:
     Attributes:
         state: what there is so far; after the first token of each row, to begin with.
         limits: when to end.
+
+    Raises:
+        ParamsError: when the model's logits are not numbers; ``advance`` too.
     """
 
     def __init__(
@@ -52,7 +62,7 @@ class Run:
         self._loop = loop_of(model, jit_compile=jit_compile)
         self._sizes = cache_sizes(ids.shape[1], int(tf.reduce_max(limits.lengths)), model.config.n_ctx)
         self._n_slots = next(self._sizes)
-        self.state = self._loop.prefill(ids, lengths, sampling, limits, n_samples, n_top)
+        self.state = checked(self._loop.prefill(ids, lengths, sampling, limits, n_samples, n_top))
 
     @property
     def goes_on(self) -> bool:
@@ -68,7 +78,7 @@ class Run:
         n_steps = min(n_steps, self._n_slots - longest)
         if self.state.keys[0].shape[1] < self._n_slots:
             self.state = grow(self.state, self._n_slots)
-        self.state = self._decode(self.state, tf.constant(n_steps))
+        self.state = checked(self._decode(self.state, tf.constant(n_steps)))
 
     def _decode(self, state: State, n_steps: tf.Tensor) -> State:
         """Appends up to ``n_steps`` tokens to each row that goes on; there is room for them."""
@@ -89,6 +99,13 @@ def compile_run(
     for n_slots in cache_sizes(ids.shape[1], int(tf.reduce_max(limits.lengths)), model.config.n_ctx):
         state = grow(state, n_slots)
         loop.decode(state, sampling, limits, tf.constant(0))
+
+
+def checked(state: State) -> State:
+    """Gives a state back; refuses one of a model whose logits are not numbers, as its ids mean nothing."""
+    if np.isnan(state.logprobs.numpy()).any():
+        raise ParamsError(NO_NUMBERS)
+    return state
 
 
 class CompiledLoop:

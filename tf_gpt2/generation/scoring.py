@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +88,8 @@ def score(
         >>> [len(one.logprobs) for one in score(GPT2Model(config), [[1, 2, 3], [4]], start_id=0)]
         [3, 1]
     """
+    if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
+        raise TypeError(f"rows must be a list of lists of ids, got {rows!r}")
     arrays = [check_row(f"rows[{i}]", row, model.config) for i, row in enumerate(rows)]
     for i, array in enumerate(arrays):
         if len(array) > model.config.n_ctx:

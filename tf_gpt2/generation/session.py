@@ -16,9 +16,16 @@ from tf_gpt2.generation.compiled import Compiled, once_per_model
 from tf_gpt2.generation.generate import in_pieces
 from tf_gpt2.generation.loop import Limits, State, append, cache_sizes, feed_several, grow
 from tf_gpt2.generation.prompts import pad
-from tf_gpt2.generation.run import Run
+from tf_gpt2.generation.run import Run, checked
 from tf_gpt2.generation.sampling import Sampling
-from tf_gpt2.generation.settings import SamplingOptions, check_row, make_limits, make_sampling
+from tf_gpt2.generation.settings import (
+    SamplingOptions,
+    check_max_new_tokens,
+    check_names,
+    check_row,
+    make_limits,
+    make_sampling,
+)
 from tf_gpt2.model.gpt2 import GPT2Model
 
 if TYPE_CHECKING:
@@ -85,7 +92,7 @@ class GrowingRun(Run):
         )
         self._sampling, self.limits = sampling, limits
         # the last of the tokens that are kept has not been fed yet
-        self.state = self._read(state, tf.constant(n_kept - 1), sampling, limits)
+        self.state = checked(self._read(state, tf.constant(n_kept - 1), sampling, limits))
 
     def _plan(self, state: State) -> None:
         """Plans few sizes of the cache, whatever one turn may need: each of them compiles."""
@@ -161,6 +168,8 @@ class Session:
             )
         if not self.ids and not row.size:
             raise ValueError("ids are empty, and there is nothing to continue")
+        check_names(options, self.add)
+        max_new_tokens = check_max_new_tokens(max_new_tokens)
         sampling = make_sampling(1, config, **options)
         make_limits([row], max_new_tokens, stop_ids, config)
 

@@ -6,6 +6,7 @@ Every refusal names the argument, what it got and what it wants. Knows nothing o
 from __future__ import annotations
 
 import difflib
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -138,9 +139,11 @@ def sample_seeds(seeds: np.ndarray, n_samples: int) -> list[int]:
     return all_seeds
 
 
-def check_names(options: Mapping[str, Any]) -> None:
-    """Refuses an option that there is not."""
-    names = list(SamplingOptions.__annotations__)
+def check_names(options: Mapping[str, Any], *functions: Callable[..., Any], without: Sequence[str] = ()) -> None:
+    """Refuses what is neither in ``SamplingOptions`` nor an argument by name of the functions that take them."""
+    parameters = [parameter for one in functions for parameter in inspect.signature(one).parameters.values()]
+    own = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in without]
+    names = list(dict.fromkeys([*own, *SamplingOptions.__annotations__]))
     for name in options:
         if name not in names:
             meant = "".join(f", did you mean {near!r}" for near in difflib.get_close_matches(name, names, 1))
@@ -267,17 +270,18 @@ def check_top(top_logprobs: int, config: GPT2Config) -> int:
     return min(power_of_two(int(top_logprobs), TOP_BUCKET), config.n_vocab) if top_logprobs else 0
 
 
-def check_max_new_tokens(max_new_tokens: int) -> None:
-    """Refuses what is no integer from 0 on."""
+def check_max_new_tokens(max_new_tokens: int) -> int:
+    """Gives an integer of any type as Python's; refuses what is none from 0 on."""
     if not is_integer(max_new_tokens):
         raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    return operator.index(max_new_tokens)
 
 
 def make_limits(rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int], config: GPT2Config) -> Limits:
     """Says when rows end; pads the stop ids with -1 to a power of two, as another number compiles anew."""
-    check_max_new_tokens(max_new_tokens)
+    max_new_tokens = check_max_new_tokens(max_new_tokens)
     ids = check_ids("stop_ids", stop_ids, config)
     padding = [-1] * (power_of_two(len(ids), STOP_IDS_BUCKET) - len(ids))
     lengths = [min(len(row) + min(max_new_tokens, config.n_ctx), config.n_ctx) for row in rows]

@@ -50,6 +50,8 @@ class GPT2Model(ParamTree, keras.Model):
     """
 
     def __init__(self, config: GPT2Config, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
+        if not isinstance(config, GPT2Config):
+            raise TypeError(f"config must be a GPT2Config, got {config!r}; make one with GPT2Config.from_hparams")
         super().__init__(autocast=False, **kwargs)
         self.config = config
         self.dropout = dropout
@@ -176,6 +178,17 @@ class GPT2Model(ParamTree, keras.Model):
         ids = keras.InputSpec(shape=(None, None), dtype="int32", name="ids")
         super().export(filepath, *args, input_signature=input_signature or [ids], **kwargs)
 
+    def quantize(self, mode: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Refuses: the weights of a model that is made can be quantized only into another one.
+
+        Raises:
+            NotImplementedError: in any case; says how.
+        """
+        raise NotImplementedError(
+            f"mode={mode!r}: a GPT2Model is quantized when it is made, small = GPT2Model(model.config, "
+            f"quantization='int8'), and takes the weights with small.set_weights(model.get_params())"
+        )
+
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Appends the vocabulary."""
         return (*input_shape, self.config.n_vocab)
@@ -224,7 +237,9 @@ def check_ids(ids: tf.Tensor, config: GPT2Config) -> None:
     if ids.shape[1] is not None and ids.shape[1] > config.n_ctx:
         raise ContextLengthError(f"ids are {ids.shape[1]} long, the window is n_ctx={config.n_ctx}; cut the sequence")
     if not keras.backend.is_int_dtype(ids.dtype):
-        raise ValueError(f"ids must be integers, got {keras.backend.standardize_dtype(ids.dtype)}")
+        raise ValueError(
+            f"ids must be integers, got {keras.backend.standardize_dtype(ids.dtype)}; keras.Input wants dtype='int32'"
+        )
     if isinstance(ids, tf.Tensor) and not tf.is_symbolic_tensor(ids):
         values = np.asarray(ids)
         if values.min() < 0 or values.max() >= config.n_vocab:

@@ -122,6 +122,7 @@ class ParamTree:
 
         Raises:
             ParamsError: naming each leaf that is missing, unexpected or misshapen; then nothing is assigned.
+            TypeError: when it is neither a tree nor a list.
 
         Example:
             >>> import tf_gpt2
@@ -130,6 +131,8 @@ class ParamTree:
             >>> model = tf_gpt2.GPT2Model(config)
             >>> model.set_weights(random_params(config))
         """
+        if not isinstance(weights, (Mapping, list, tuple)):
+            raise TypeError(f"weights must be a parameter tree, or a list as get_weights() gives it, got {weights!r}")
         if not isinstance(weights, Mapping):
             super().set_weights(weights)  # type: ignore[misc]
             return

@@ -42,6 +42,7 @@ MAX_CACHED_LENGTH = 64
 """Characters and ids of one entry together: longer strings seldom come back, and must not fill the memory."""
 
 REMEDY = "download the checkpoint again, as with tf_gpt2.download_gpt2_files"
+COPY = "copy it from the checkpoint that the weights were trained from, or download it with tf_gpt2.download_gpt2_files"
 
 Pair = tuple[str, str]
 
@@ -140,8 +141,8 @@ class Encoder:
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Turns each text into ids; as ``encode``, and refuses a single str."""
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of str, got a str; use encode")
+        if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+            raise TypeError(f"texts must be a list of str, got {texts!r}; encode takes one str")
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -158,6 +159,8 @@ class Encoder:
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Turns ids into the bytes they stand for, which may end inside a character; else as ``decode``."""
+        if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
+            raise TypeError(f"ids must be a list of integers, got {ids!r}")
         return bytes([self.byte_decoder[symbol] for token_id in ids for symbol in self._token(token_id)])
 
     def bpe(self, token: str) -> str:
@@ -294,5 +297,7 @@ def _read_merges(path: Path) -> list[Pair]:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; {COPY}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; {REMEDY}") from error
