@@ -42,7 +42,9 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 def add_generation_options(command: argparse.ArgumentParser) -> None:
     """Adds what decides how a text goes on, and where it ends."""
-    command.add_argument("--n_tokens_to_generate", type=natural, default=40, metavar="N", help="most new tokens")
+    command.add_argument(
+        "--n_tokens_to_generate", "--max_new_tokens", type=natural, default=40, metavar="N", help="most new tokens"
+    )
     command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token")
     command.add_argument("--top_k", type=natural, default=0, metavar="K", help="draw from the K likeliest; 0 for all")
     command.add_argument("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest of mass P")

@@ -64,7 +64,7 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Shows how likely each token of TEXT was, what else was likely, and where attention went.",
     )
     command.set_defaults(run=run_explain)
-    command.add_argument("text", metavar="TEXT", help="up to 256 tokens; - reads it from standard input")
+    command.add_argument("text", metavar="TEXT", help="up to 255 tokens; - reads it from standard input")
     command.add_argument(
         "--out", type=Path, required=True, metavar="PAGE", help="page.html, or picture.png; is replaced"
     )

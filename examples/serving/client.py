@@ -100,13 +100,14 @@ class Rest:
     """The server's REST port, in column format: each input once, with the values of all rows.
 
     Args:
-        address: such as "http://localhost:8501".
+        address: such as "http://localhost:8501", or without the "http://".
         model: its name in the server.
         label: a version's label; without one the newest version answers.
         timeout_s: longest wait for one answer.
     """
 
     def __init__(self, address: str, model: str = "gpt2", *, label: str | None = None, timeout_s: float = 120):
+        address = address if "://" in address else f"http://{address}"
         self._url = f"{address.rstrip('/')}/v1/models/{model}{f'/labels/{label}' if label else ''}:predict"
         self._timeout_s = timeout_s
         self._session = requests.Session()

@@ -361,7 +361,7 @@ def test_a_path_is_no_name_even_of_a_complete_folder(tmp_path, way):
 
 
 def test_tiny_cannot_be_downloaded(site, tmp_path):
-    with pytest.raises(CheckpointError, match="no model_size='tiny' to download"):
+    with pytest.raises(CheckpointError, match='model_size="tiny" is embedded'):
         download_gpt2_files("tiny", tmp_path)
 
 

@@ -26,6 +26,18 @@ def make_model(seed=0, **options):
     return model
 
 
+@pytest.mark.parametrize("access", [tf.gather, lambda w, rows: w.sparse_read(rows)])
+def test_rows_that_are_gathered_change_nothing(access):
+    model = make_model()
+    access(model.wte.value, [1, 2])
+    copies = transposed_of(model)()
+    assert transposed_of(model)() is copies
+    model.wte.value.scatter_nd_update([[3]], tf.ones((1, CONFIG.n_embd)))
+    changed = transposed_of(model)()
+    assert changed is not copies
+    assert np.array_equal(changed[0][:, 3], np.ones(CONFIG.n_embd))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_each_matrix_is_there_as_it_is_multiplied(dtype):
     model = make_model(dtype=dtype)

@@ -130,6 +130,8 @@ def download_gpt2_files(model_size: str, model_dir: str | Path, *, needed: Seque
     if model_size in PAPER_NAMES:
         size = PAPER_NAMES[model_size]
         raise CheckpointError(f"{model_size} is the paper's name for {size}: use model_size={size!r}")
+    if model_size == "tiny":
+        raise CheckpointError('model_size="tiny" is embedded and needs no download; use it as it is')
     if model_size not in SIZES:
         raise CheckpointError(f"there is no model_size={model_size!r} to download; {CHOICES}")
     base_url = os.environ.get("TF_GPT2_BASE_URL") or BASE_URL

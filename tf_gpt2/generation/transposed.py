@@ -51,12 +51,18 @@ class TransposedWeights:
         with self._lock, tf.device("CPU"):
             # these share the variables' memory; TensorFlow writes to such memory only while nobody else refers to it,
             # so a variable that is still in the same place has not changed
-            originals = [np.asarray(variable.read_value()) for variable in variables]
+            originals = [np.asarray(read_in_place(variable)) for variable in variables]
             if addresses(originals) != addresses(self._originals):
                 self._copies = self._originals = ()  # their memory first
                 self._copies = tuple(transpose(array, model.compute_dtype) for array in originals)
                 self._originals = originals
             return self._copies
+
+
+def read_in_place(variable: tf.Variable) -> tf.Tensor:
+    """Reads without a copy, also after rows were gathered from the variable itself, when TensorFlow would copy."""
+    tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
+    return variable.read_value()
 
 
 def addresses(arrays: Sequence[np.ndarray]) -> list[int]:
