@@ -58,6 +58,7 @@ bench-store: .venv/test.stamp  ## measure, and store the results in benchmarks/r
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.prompt_lookup
 	$(BIN)/python -m benchmarks.streaming
+	$(BIN)/python -m benchmarks.pages_threads
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.compare --output benchmarks/results/compare.json
 

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.engines import is_ours, label
+from benchmarks.summary import pages_of
 
 ROOT = Path(__file__).parents[1]
 OUR_COLOR, PEER_COLOR, TEXT_COLOR = "#d9480f", "#adb5bd", "#212529"
@@ -45,7 +46,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panels[0].set_yticks(range(len(engines)), [label(engine) for engine in engines])
     for text, engine in zip(panels[0].get_yticklabels(), engines, strict=True):
         text.set_fontweight("bold" if is_ours(engine) else "normal")
-    ceiling = result["summary"]["ceiling_tokens_per_s"]
+    ceiling = result["summary"]["ceilings_tokens_per_s"][pages_of(result)]
     panels[0].axvline(ceiling, color=TEXT_COLOR, linewidth=1, linestyle="--")
     panels[0].annotate(
         "float32 weights read once",

@@ -32,6 +32,7 @@ import numpy as np
 from benchmarks.ceiling import PAGE_SIZES, Reader, available_cores, bytes_per_token, measure_gemm
 from benchmarks.engines import (
     ENGINES,
+    IN_ONE_ROUND,
     JOBS,
     OWN_FORMAT,
     REFERENCE,
@@ -110,6 +111,12 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def in_turn(jobs: list[str]) -> list[list[str]]:
+    """Gives the jobs one by one, those together that are done in one round."""
+    together = [job for job in jobs if job in IN_ONE_ROUND]
+    return [[job] for job in jobs if job not in IN_ONE_ROUND] + ([together] if together else [])
+
+
 class Comparison:
     """One run.
 
@@ -134,7 +141,9 @@ class Comparison:
         ready = [engine for engine in arguments.engines if self.prepare(engine)]
         gemm = measure_gemm()
         n_bytes = bytes_per_token(self.config)
-        self.reader = Reader(n_bytes, huge_pages=arguments.pages == "huge", n_threads=arguments.threads)
+        self.readers = {
+            pages: Reader(n_bytes, huge_pages=pages == "huge", n_threads=arguments.threads) for pages in PAGE_SIZES
+        }
         groups = make_groups(ready, arguments.peers_in_memory)
         measured = [self.run_group(group, is_first=group is groups[0]) for group in groups]
         for engine in filter(is_ours, self.engines):
@@ -203,7 +212,6 @@ class Comparison:
 
     def run_group(self, engines: list[str], *, is_first: bool) -> dict[str, Any]:
         """Starts engines, does each job with all of them in turn, and ends them."""
-        ceilings = {pages: self.measure_ceiling(pages) for pages in PAGE_SIZES}
         with contextlib.ExitStack() as stack:
             workers = {}
             for engine in engines:
@@ -217,16 +225,12 @@ class Comparison:
                         raise
                     self.skip(engine, str(error))
             jobs = {}
-            for job in self.arguments.jobs:
-                asked = {e: w for e, w in workers.items() if is_ours(e) or not JOBS[job].ours_only}
-                if is_first or not JOBS[job].ours_only:
-                    jobs[job] = self.run_job(job, asked)
-        return {"engines": list(workers), "jobs": jobs, "ceilings_by_pages": ceilings}
-
-    def measure_ceiling(self, pages: str) -> float:
-        """Gives the read bandwidth over pages of a size, in bytes per second."""
-        n_bytes, n_threads = bytes_per_token(self.config), self.arguments.threads
-        return Reader(n_bytes, huge_pages=pages == "huge", n_threads=n_threads).measure()["bytes_per_s"]
+            for together in in_turn(self.arguments.jobs):
+                ours_only = JOBS[together[0]].ours_only
+                asked = {e: w for e, w in workers.items() if is_ours(e) or not ours_only}
+                if is_first or not ours_only:
+                    jobs |= self.run_jobs(together, asked)
+        return {"engines": list(workers), "jobs": jobs}
 
     def first_call(self, engine: str, worker: Worker) -> None:
         """Notes how long an engine takes to its first result; of ours, a later process finds what this one compiled."""
@@ -251,26 +255,28 @@ class Comparison:
                 self.skip(engine, f"{job}: {error}")
         return ids
 
-    def run_job(self, job: str, workers: dict[str, Worker]) -> dict[str, Any]:
-        """Compares the ids, then measures rounds."""
-        task = self.task(job)
-        self.say(f"{job}: comparing ids")
-        ids = self.greedy_ids(job, workers)
-        workers = {engine: workers[engine] for engine in ids}
-        parting = {
-            engine: find_parting(workers[REFERENCE], task["prompts"], ids[REFERENCE], ids[engine])
-            for engine in workers
-            if engine != REFERENCE
-        }
-        self.say(f"{job}: {self.arguments.repetitions} rounds of {len(workers)} engines")
+    def run_jobs(self, jobs: list[str], workers: dict[str, Worker]) -> dict[str, Any]:
+        """Compares the ids of each job, then measures rounds of all."""
+        partings: dict[str, Any] = {}
+        for job in jobs:
+            self.say(f"{job}: comparing ids")
+            ids = self.greedy_ids(job, workers)
+            workers = {engine: workers[engine] for engine in ids}
+            prompts = self.task(job)["prompts"]
+            partings[job] = {
+                engine: find_parting(workers[REFERENCE], prompts, ids[REFERENCE], ids[engine])
+                for engine in workers
+                if engine != REFERENCE
+            }
+        self.say(f"{', '.join(jobs)}: {self.arguments.repetitions} rounds of {len(workers)} engines")
         rounds = measure(
             workers,
-            task,
-            self.reader if job == "decode" else None,
+            {job: self.task(job) for job in jobs},
+            self.readers if "decode" in jobs else {},
             n_rounds=self.arguments.repetitions,
             patience_s=self.arguments.patience,
         )
-        return {"parting": parting, "rounds": rounds}
+        return {job: {"parting": partings[job], "rounds": rounds[job]} for job in jobs}
 
     def task(self, job: str) -> dict[str, Any]:
         """Makes the prompts, the same for all engines."""

@@ -69,6 +69,10 @@ JOBS = {
 }
 
 
+IN_ONE_ROUND = ("position_50", "position_1000")
+"""Jobs whose times are held against each other."""
+
+
 def is_ours(engine: str) -> bool:
     return adapter_of(engine) == OURS
 

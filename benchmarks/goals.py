@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.engines import precision_of
-from benchmarks.summary import Result, ratio
+from benchmarks.summary import Result, ratio, speed_far
 
 FLOAT32, INT8 = "tf_gpt2:float32", "tf_gpt2:int8"
 
@@ -97,8 +97,8 @@ def between_ours(result: Result, job: str) -> float | None:
 
 def time_far(result: Result, engine: str) -> float | None:
     """Gives the time per token at position 1000 over that at 50."""
-    near, far = (result["summary"]["tokens_per_s"].get(f"position_{n}", {}).get(engine) for n in (50, 1000))
-    return near / far if near and far else None
+    speed = speed_far(result, engine)
+    return speed and 1 / speed
 
 
 def at_least(bound: float, goal: str, measured: float | None, command: str) -> dict[str, Any]:

@@ -23,50 +23,65 @@ MOST_TRIES = 2
 
 Round = dict[str, Any]
 """``replies``: per engine ``[prefill_s, decode_s]``; ``others_share``: per engine what others took meanwhile;
-``ceilings``: read bandwidths before, between and after the engines, in bytes per second."""
+``ceilings``: before, between and after the engines, the read bandwidth in bytes per second by size of pages."""
 
 
 def measure(
-    workers: dict[str, Worker], task: dict[str, Any], reader: Reader | None, *, n_rounds: int, patience_s: float
-) -> list[Round]:
-    """Runs rounds until enough were quiet, at most twice as many; gives the quietest, in order.
+    workers: dict[str, Worker],
+    tasks: dict[str, dict[str, Any]],
+    readers: dict[str, Reader],
+    *,
+    n_rounds: int,
+    patience_s: float,
+) -> dict[str, list[Round]]:
+    """Runs rounds until enough were quiet, at most twice as many; gives the quietest, in order, of each job.
 
     Args:
         workers: by engine, loaded and warm.
-        task: for each of them.
-        reader: measures the ceiling around each engine, if given.
+        tasks: by job, for each of them; those that are held against each other are asked in one round.
+        readers: measure the ceiling around each engine, if there are any, by size of pages.
         n_rounds: how many to give.
         patience_s: how long to wait, before each round, for others to be quiet; with 0, no round is repeated.
     """
-    rounds: list[Round] = []
+    rounds: list[dict[str, Round]] = []
     most = n_rounds * (MOST_TRIES if patience_s else 1)
-    while len(rounds) < most and sum(map(is_quiet, rounds)) < n_rounds:
+    while len(rounds) < most and sum(most_of_others(one) < QUIET for one in rounds) < n_rounds:
         wait_until_quiet(patience_s)
-        rounds.append(run_round(workers, task, reader))
-    quietest = sorted(range(len(rounds)), key=lambda i: max(rounds[i]["others_share"].values()))[:n_rounds]
-    return [rounds[i] for i in sorted(quietest)]
+        rounds.append(run_round(workers, tasks, readers))
+    quietest = sorted(sorted(range(len(rounds)), key=lambda i: most_of_others(rounds[i]))[:n_rounds])
+    return {job: [rounds[i][job] for i in quietest] for job in tasks}
 
 
-def run_round(workers: dict[str, Worker], task: dict[str, Any], reader: Reader | None) -> Round:
-    result: Round = {"replies": {}, "others_share": {}, "ceilings": list(read(reader))}
+def run_round(
+    workers: dict[str, Worker], tasks: dict[str, dict[str, Any]], readers: dict[str, Reader]
+) -> dict[str, Round]:
+    found: dict[str, Round] = {
+        job: {"replies": {}, "others_share": {}, "ceilings": list(read(readers))} for job in tasks
+    }
     for engine, worker in workers.items():
-        start_s, busy, own = time.perf_counter(), busy_s(), worker.cpu_s()
-        reply = worker.ask(**task)
-        available_s = (time.perf_counter() - start_s) * (os.cpu_count() or 1)
-        others_s = max(0.0, (busy_s() - busy) - (worker.cpu_s() - own))
-        result["replies"][engine] = [reply["prefill_s"], reply["decode_s"]]
-        result["others_share"][engine] = others_s / available_s
-        result["ceilings"] += read(reader)
-    return result
+        for job, task in tasks.items():
+            start_s, busy, own = time.perf_counter(), busy_s(), worker.cpu_s()
+            reply = worker.ask(**task)
+            available_s = (time.perf_counter() - start_s) * (os.cpu_count() or 1)
+            others_s = max(0.0, (busy_s() - busy) - (worker.cpu_s() - own))
+            found[job]["replies"][engine] = [reply["prefill_s"], reply["decode_s"]]
+            found[job]["others_share"][engine] = others_s / available_s
+            found[job]["ceilings"] += read(readers)
+    return found
 
 
-def read(reader: Reader | None) -> Iterator[float]:
-    if reader is not None:
-        yield reader.measure()["bytes_per_s"]
+def read(readers: dict[str, Reader]) -> Iterator[dict[str, float]]:
+    if readers:
+        yield {pages: reader.measure()["bytes_per_s"] for pages, reader in readers.items()}
+
+
+def most_of_others(by_job: dict[str, Round]) -> float:
+    """Gives the largest share of the processor's time that others took while an engine did a job."""
+    return max(share for one_round in by_job.values() for share in one_round["others_share"].values())
 
 
 def is_quiet(one_round: Round) -> bool:
-    return max(one_round["others_share"].values()) < QUIET
+    return most_of_others({"": one_round}) < QUIET
 
 
 def count_disturbed(groups: list[dict[str, Any]]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ceiling import PAGE_SIZES
-from benchmarks.engines import JOBS, REFERENCE, is_ours
+from benchmarks.engines import IN_ONE_ROUND, JOBS, REFERENCE, is_ours
 from benchmarks.report import fallen
 
 Result = dict[str, Any]
@@ -24,8 +24,8 @@ def summarize(result: Result) -> dict[str, Any]:
 
     Returns:
         ``tokens_per_s`` and ``seconds``, by job and engine; ``ratios``, by job, engine of ours and peer: how many
-        times as fast ours is; ``ceiling_tokens_per_s``, ``ceilings_by_pages`` and ``share_of_ceiling`` by engine:
-        decoding, against reading the float32 weights.
+        times as fast ours is; ``ceilings_tokens_per_s`` by size of pages; ``share_of_ceiling`` by engine: decoding,
+        against reading the float32 weights.
     """
     found = [job for job in JOBS if any(job in group["jobs"] for group in result["groups"])]
     engines = {job: sorted({engine for one in rounds_of(result, job) for engine in one["replies"]}) for job in found}
@@ -46,11 +46,10 @@ def summarize(result: Result) -> dict[str, Any]:
 
 
 def summarize_ceiling(result: Result, engines: list[str]) -> dict[str, Any]:
-    bandwidths = [value for one in rounds_of(result, "decode") for value in one["ceilings"]]
+    bandwidths = [by_pages for one in rounds_of(result, "decode") for by_pages in one["ceilings"]]
     return {
-        "ceiling_tokens_per_s": median(bandwidths) / result["bytes_per_token"],
-        "ceilings_by_pages": {
-            pages: median([group["ceilings_by_pages"][pages] for group in result["groups"]]) / result["bytes_per_token"]
+        "ceilings_tokens_per_s": {
+            pages: median([by_pages[pages] for by_pages in bandwidths]) / result["bytes_per_token"]
             for pages in PAGE_SIZES
         },
         "share_of_ceiling": {engine: share_of_ceiling(result, engine) for engine in engines},
@@ -92,9 +91,21 @@ def share_of_ceiling(result: Result, engine: str) -> float:
     for one in rounds_of(result, "decode"):
         if engine in one["replies"]:
             i = list(one["replies"]).index(engine)
-            ceiling = np.mean(one["ceilings"][i : i + 2]) / result["bytes_per_token"]
+            around = [by_pages[pages_of(result)] for by_pages in one["ceilings"][i : i + 2]]
+            ceiling = np.mean(around) / result["bytes_per_token"]
             shares.append(n_tokens("decode") / one["replies"][engine][1] / ceiling)
     return median(shares)
+
+
+def speed_far(result: Result, engine: str) -> float | None:
+    """Gives the speed at position 1000 over that at 50: the median over the rounds that both were in."""
+    near, far = (rates(result, job, engine) for job in IN_ONE_ROUND)
+    return median([b / a for a, b in zip(near, far, strict=True)]) if near and far else None
+
+
+def pages_of(result: Result) -> str:
+    """Gives the size of pages that the engines ran with."""
+    return "huge" if result["settings"]["pages"] == "huge" else "small"
 
 
 def median(values: list[float]) -> float:
@@ -125,7 +136,7 @@ def check_alike(stored: dict[str, Any], settings: dict[str, Any]) -> None:
 def comparable(result: Result) -> dict[str, float]:
     """Gives all figures that do not depend on the machine's speed, larger ones better, by name."""
     summary = result["summary"]
-    rates = summary["tokens_per_s"]
+    by_job = summary["tokens_per_s"]
     ratios = {
         f"{job}, {ours} to {peer}": value
         for job, by_ours in summary["ratios"].items()
@@ -139,12 +150,15 @@ def comparable(result: Result) -> dict[str, float]:
     }
     to_float32 = {
         f"{job}, {engine} to {REFERENCE}": ratio(result, job, engine, REFERENCE)
-        for job, by_engine in rates.items()
+        for job, by_engine in by_job.items()
         for engine in by_engine
         if is_ours(engine) and engine != REFERENCE
     }
-    near, far = rates.get("position_50", {}), rates.get("position_1000", {})
-    by_position = {f"position 1000 to 50, {engine}": far[engine] / near[engine] for engine in far if engine in near}
+    by_position = {
+        f"position 1000 to 50, {engine}": speed
+        for engine in by_job.get("position_50", {})
+        if (speed := speed_far(result, engine))
+    }
     memory = {
         f"weights in float32 to peak memory, {engine}": result["weight_bytes"] / facts["peak_bytes"]
         for engine, facts in result["engines"].items()

@@ -19,8 +19,9 @@ def print_result(result: Result) -> None:
     engines = [engine for engine in ENGINES if engine in result["engines"]]
     for engine in sorted(engines, key=lambda e: -summary["tokens_per_s"].get("decode", {}).get(e, 0)):
         print(f"{engine:20}", *table_row(result, engine))
-    print(f"{'ceiling':20} {summary['ceiling_tokens_per_s']:9.1f}", end="")
-    print(f"   (float32 weights read once per token; products {result['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s)")
+    for pages, rate in summary["ceilings_tokens_per_s"].items():
+        print(f"{f'ceiling, {pages} pages':20} {rate:9.1f}   (float32 weights read once per token)")
+    print(f"products {result['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s, on all cores")
     for engine, reason in result["skipped"].items():
         print(f"{engine}: skipped, {reason}")
     print_partings(result)

@@ -119,18 +119,18 @@ def generation_table() -> str:
 
 
 def partings(result: dict[str, Any]) -> str:
-    """Says whose greedy ids are not ours: how many new tokens of a row agree, and how far apart our logits then are."""
+    """Says whose greedy ids are not ours, from which new token on."""
     found: dict[str, str] = {}
     for group in result["groups"]:
         for engine, parting in group["jobs"].get("decode", {"parting": {}})["parting"].items():
             if parting:
-                found[engine] = f"{parting['new_token']} in {label(result, engine)} ({parting['logit_gap']:.2g})"
+                found[engine] = f"{parting['new_token']} in {result['labels'][engine]} ({parting['logit_gap']:.2g})"
     new = result["jobs"]["decode"]["new"]
     if not found:
         return f"The {new} greedy ids of all are those of our float32."
     return (
-        f"Of the {new} greedy ids so many are those of our float32, and then our logits of the two are so far apart: "
-        f"{', '.join(found.values())}; in all others all."
+        f"Where greedy ids leave those of our float32, after how many of {new}, and how far apart our logits of the "
+        f"two are there: {', '.join(found.values())}. In all others nowhere."
     )
 
 
@@ -200,16 +200,16 @@ def caption(result: dict[str, Any]) -> str:
         f"{settings['size']} shapes, random weights; {jobs['decode']['prompt']} prompt tokens and "
         f"{jobs['decode']['new']} new, in the batch {jobs['batch']['new']} new each; "
         f"{settings['threads']} threads, {settings['pages']} pages, "
-        f"medians of {settings['repetitions']}; ceiling {result['summary']['ceiling_tokens_per_s']:.1f} tokens/s"
-        f"{ceilings(result)}; products {result['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s; "
+        f"medians of {settings['repetitions']}; ceiling {ceilings(result)} tokens/s; products "
+        f"{result['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s; "
         f"{machine['cpu']}, {machine['n_cores']} cores, {result['date'][:10]}.{warning(result)}"
     )
 
 
 def ceilings(result: dict[str, Any]) -> str:
     """Says what the memory gives with each size of pages."""
-    by_pages = result["summary"]["ceilings_by_pages"]
-    return f" ({', '.join(f'{pages} pages {rate:.1f}' for pages, rate in by_pages.items())})"
+    by_pages = result["summary"]["ceilings_tokens_per_s"]
+    return " and ".join(f"{rate:.1f} with {pages} pages" for pages, rate in by_pages.items())
 
 
 def warning(result: dict[str, Any]) -> str:

@@ -22,18 +22,14 @@ N_BYTES = 1000
 
 
 def one_round(replies, ceilings=(), others=0.0):
-    return {"replies": replies, "ceilings": list(ceilings), "others_share": dict.fromkeys(replies, others)}
+    by_pages = [{"small": ceiling / 2, "huge": ceiling} for ceiling in ceilings]
+    return {"replies": replies, "ceilings": by_pages, "others_share": dict.fromkeys(replies, others)}
 
 
 def make_result(**jobs):
     """Two groups: ``jobs`` gives for each job the rounds of the first and of the second."""
     groups = [
-        {
-            "engines": [],
-            "jobs": {job: {"parting": {}, "rounds": both[i]} for job, both in jobs.items()},
-            "ceilings_by_pages": {"small": 1000 * (i + 1), "huge": 3000},
-        }
-        for i in (0, 1)
+        {"engines": [], "jobs": {job: {"parting": {}, "rounds": both[i]} for job, both in jobs.items()}} for i in (0, 1)
     ]
     result = {
         "groups": groups,
@@ -132,7 +128,10 @@ def test_goals(result):
 
 
 def test_the_ceiling_is_told_for_both_sizes_of_pages(result):
-    assert result["summary"]["ceilings_by_pages"] == {"small": 1.5, "huge": 3}
+    assert result["summary"]["ceilings_tokens_per_s"] == {"small": 50, "huge": 100}
+    small = result | {"settings": result["settings"] | {"pages": "default"}}
+    shares = [summary.summarize(one)["share_of_ceiling"][HF] for one in (small, result)]
+    assert shares[0] == pytest.approx(2 * shares[1])
 
 
 def test_the_command_of_each_goal_is_one_that_measures_it(result, monkeypatch):
@@ -274,11 +273,33 @@ def test_rounds_are_interleaved_and_noisy_ones_repeated(monkeypatch):
     monkeypatch.setattr(rounds, "busy_s", lambda: busy[0])
     monkeypatch.setattr(rounds, "wait_until_quiet", lambda patience_s: None)
     workers = {name: Worker(log, name, busy) for name in "ab"}
-    found = rounds.measure(workers, {}, None, n_rounds=2, patience_s=1)
+    found = rounds.measure(workers, {"decode": {}}, {}, n_rounds=2, patience_s=1)["decode"]
     assert log == ["a", "b"] * 3
     assert len(found) == 2
     assert all(map(rounds.is_quiet, found))
     assert found[0]["replies"] == {"a": [1.0, 2.0], "b": [1.0, 2.0]}
+
+
+def test_jobs_that_are_held_against_each_other_take_turns(monkeypatch):
+    log = []
+    monkeypatch.setattr(rounds, "wait_until_quiet", lambda patience_s: None)
+    worker = Worker(log, "a", [0.0])
+    worker.ask = lambda length: log.append(length) or {"prefill_s": 0.0, "decode_s": float(length)}
+    tasks = {"position_50": {"length": 1}, "position_1000": {"length": 3}}
+    found = rounds.measure({OURS: worker}, tasks, {}, n_rounds=2, patience_s=0)
+    assert log == [1, 3, 1, 3]
+    assert [one["replies"][OURS][1] for one in found["position_1000"]] == [3.0, 3.0]
+    assert compare.in_turn(["decode", "position_50", "batch", "position_1000"]) == [
+        ["decode"],
+        ["batch"],
+        ["position_50", "position_1000"],
+    ]
+
+
+def test_positions_are_compared_within_a_round():
+    near = ([one_round({OURS: [9, 51.0 * s]}) for s in (1, 2, 5)], [])
+    far = ([one_round({OURS: [9, 59.0 * 2 * s]}) for s in (1, 2, 5)], [])
+    assert summary.speed_far(make_result(position_50=near, position_1000=far), OURS) == pytest.approx(0.5)
 
 
 def test_disturbed_rounds_are_counted():

@@ -250,9 +250,13 @@ def test_a_server_that_does_not_answer_is_given_up(kit_client, transport, kind, 
 
 
 def test_an_address_that_is_none_is_not_tried_again(kit_client, naps, capsys):
-    assert kit_client.main(["--rest", "localhost:8501", "a"]) == 1
-    assert "localhost:8501" in capsys.readouterr().err
+    assert kit_client.main(["--rest", "nonsense://localhost:8501", "a"]) == 1
+    assert "nonsense://localhost:8501" in capsys.readouterr().err
     assert not naps
+
+
+def test_an_address_may_lack_what_all_have(kit_client, rest):
+    assert kit_client.Client(kit_client.Rest(rest.address.removeprefix("http://"))).generate(["To be"])
 
 
 def test_another_models_name_is_not_found(kit_client, transport, port):

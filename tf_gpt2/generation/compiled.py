@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -36,13 +38,26 @@ class Compiled:
             return self.function(*args)
         key = tuple(x if isinstance(x, int) else (tuple(x.shape), x.dtype) for x in tf.nest.flatten(args))
         if key not in self._traced:  # TensorFlow looks longer for it
-            self._traced[key] = self.function.get_concrete_function(*args)
+            with without_collector():
+                self._traced[key] = self.function.get_concrete_function(*args)
         return self._traced[key](*args)
 
     @property
     def n_traces(self) -> int:
         """How often a new shape was met: under XLA the number of compilations."""
         return int(self.function.experimental_get_tracing_count())
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Keeps Python from looking for garbage meanwhile: tracing makes very many objects, and they stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def bind_weakly(function: Callable[..., Any], model: GPT2Model) -> Callable[..., Any]:
