@@ -11,6 +11,7 @@ import tensorflow as tf
 from tf_gpt2 import Encoder, GPT2Config, TextGenerator, export_saved_model
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.cli import main
+from tf_gpt2.errors import ParamsError
 from tf_gpt2.serving import export
 
 SIGNATURES = {"serving_default", "generate", "generate_ids", "next", "score", "embed", "logits", "encode", "decode"}
@@ -30,6 +31,16 @@ def fails_at_the_end(monkeypatch):
 
     monkeypatch.setattr(export, "trace_signatures", lambda *_: {})
     monkeypatch.setattr(export, "write_assets", fail)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_exported(value, tmp_path):
+    generator = TextGenerator.from_checkpoint(embedded_dir())
+    bias = generator.model.blocks[1].mlp.c_fc.b
+    bias.assign(tf.concat([bias.value[:-1], [value]], axis=0))
+    with pytest.raises(ParamsError, match=r"h1/.*c_fc/b holds NaN or infinity"):
+        export_saved_model(generator, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
 def read_manifest(folder):

@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import leaves
+from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.settings import check_counts
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.package import package_version
@@ -64,6 +65,7 @@ def export_saved_model(
     Raises:
         FileExistsError: when the version is there, or was made meanwhile.
         ImportError: when ``warm_up="xla"`` lacks the extra ``serving``.
+        ParamsError: when weights hold NaN or infinity, with which a server would give empty texts.
         ValueError: when a number is out of range, or ``warm_up`` is none of these.
 
     Example:
@@ -82,6 +84,7 @@ def export_saved_model(
     if max_new_tokens >= n_ctx:
         raise ValueError(f"max_new_tokens must leave room for a prompt in n_ctx={n_ctx}, got {max_new_tokens}")
     requests = requests_for(warm_up, xla=xla)
+    check_weights(generator.model)
     target = Path(folder) / str(version)
     if target.exists() and not overwrite:
         raise already_there(target)
@@ -98,6 +101,15 @@ def export_saved_model(
         elif warm_up != "none":
             tell('no requests that warm a server up: they need pip install "tf_gpt2[serving]"')
     return target
+
+
+def check_weights(model: GPT2Model) -> None:
+    """Refuses weights that are not numbers."""
+    for variable in model.weights:
+        if variable.value.dtype.is_floating and not tf.reduce_all(tf.math.is_finite(variable.value)):
+            raise ParamsError(
+                f"model must have finite weights, and {variable.path} holds NaN or infinity; train it again"
+            )
 
 
 def requests_for(warm_up: str, *, xla: bool) -> list[Request]:
