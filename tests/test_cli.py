@@ -213,18 +213,6 @@ def test_interrupt_is_quiet(folder):
     assert (process.returncode, out, err) == (130, b"", b"tf-gpt2: interrupted\n")
 
 
-def test_termination_leaves_nothing_half_made(folder):
-    command = [sys.executable, "-m", "tf_gpt2", "export", "export", *TINY]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    lines = iter(process.stderr.readline, b"")
-    assert any(line.startswith(b"tracing") for line in lines)
-    assert len(list((folder / "export").iterdir())) == 1
-    process.terminate()
-    process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert list((folder / "export").iterdir()) == []
-
-
 def test_a_reader_that_goes_away_is_no_error(folder):
     command = f"{sys.executable} -m tf_gpt2 info | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, cwd=folder, timeout=60)

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.errors import GPT2Error
@@ -47,8 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and getattr(options, "computes", False):
         restart_with_huge_pages()
         collect_seldom()
-    if arguments is None:
-        signal.signal(signal.SIGTERM, terminate)
     try:
         options.run(options)
         sys.stdout.flush()
@@ -71,11 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tf-gpt2: {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
         return FAILURE
     return 0
-
-
-def terminate(number: int, _: Any) -> None:
-    """Ends the process as an error does, so that what is half made is cleaned up."""
-    sys.exit(128 + number)
 
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
