@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import json
 import os
 import sys
 import tempfile
@@ -46,7 +45,7 @@ from benchmarks.engines import (
 )
 from benchmarks.goals import check_goals
 from benchmarks.peers.protocol import Worker, run_prepare, write_model
-from benchmarks.report import add_against, print_fallen, start_report, store
+from benchmarks.report import add_against, print_fallen, read_stored, start_report, store
 from benchmarks.rounds import count_disturbed, find_parting, measure, wait_until_quiet
 from benchmarks.summary import Result, check_alike, find_slower, summarize
 from benchmarks.tables import print_result
@@ -64,27 +63,25 @@ SHAPES = {"toy": GPT2Config(n_vocab=1000, n_ctx=1024, n_embd=64, n_head=2, n_lay
 def main() -> int:
     arguments = parse_arguments()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported, to write the checkpoint
-    stored = read_stored(arguments)
+    stored = read_alike(arguments)
     with tempfile.TemporaryDirectory() as folder:
         result = Comparison(Path(folder), arguments).run()
     result["summary"] = summarize(result)
     result["goals"] = check_goals(result)
     print_result(result)
     store(result, arguments.output)
-    slower = find_slower(stored, result, arguments.margin) if stored else []
-    if stored:
-        print_fallen(slower, arguments.against, arguments.margin)
-    return int(bool(slower))
+    if stored is None:
+        return 0
+    return print_fallen(find_slower(stored, result, arguments.margin), arguments)
 
 
-def read_stored(arguments: argparse.Namespace) -> Result | None:
-    """Reads what to compare with, if anything; stops where that cannot be."""
-    if not arguments.against:
-        return None
+def read_alike(arguments: argparse.Namespace) -> Result | None:
+    """Reads what to compare with, if anything; stops where it was not measured alike."""
+    stored = read_stored(arguments)
     try:
-        stored = json.loads(arguments.against.read_text(encoding="utf-8"))
-        check_alike(stored["settings"], vars(arguments))
-    except (OSError, ValueError) as error:
+        if stored:
+            check_alike(stored["settings"], vars(arguments))
+    except ValueError as error:
         raise SystemExit(f"--against {arguments.against}: {error}") from error
     return stored
 
@@ -279,10 +276,8 @@ class Comparison:
         return {job: {"parting": partings[job], "rounds": rounds[job]} for job in jobs}
 
     def task(self, job: str) -> dict[str, Any]:
-        """Makes the prompts, the same for all engines."""
-        asked = JOBS[job]
-        prompts = np.random.default_rng(0).integers(self.config.n_vocab, size=(asked.batch, asked.prompt)).tolist()
-        return {"task": "generate", "prompts": prompts, "max_new_tokens": asked.new}
+        """Gives what all engines are asked."""
+        return JOBS[job].task(self.config.n_vocab)
 
     def say(self, line: str) -> None:
         """Tells on standard error what is going on."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.environments import PEERS_DIR
 
@@ -52,6 +54,11 @@ class Job(NamedTuple):
     prompt: int
     new: int
     ours_only: bool = False
+
+    def task(self, n_vocab: int) -> dict[str, Any]:
+        """Makes the prompts, the same for all engines."""
+        prompts = np.random.default_rng(0).integers(n_vocab, size=(self.batch, self.prompt)).tolist()
+        return {"task": "generate", "prompts": prompts, "max_new_tokens": self.new}
 
     @property
     def is_prefill(self) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import random
 import statistics
 import string
@@ -26,7 +25,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.report import add_against, fallen, print_fallen, start_report, store
+from benchmarks.report import add_against, fallen, print_fallen, read_stored, start_report, store
 from benchmarks.tokenizer import packaged_vocabulary, standard_library_english
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.tokenizer.in_graph import InGraphEncoder
@@ -38,6 +37,7 @@ BATCHES = (1, 8, 64)
 
 def main() -> int:
     arguments = parse_arguments()
+    stored = read_stored(arguments)
     encoder = Encoder.from_files(arguments.model_dir or packaged_vocabulary())
     start = time.perf_counter()
     module = InGraphEncoder(encoder)
@@ -54,12 +54,9 @@ def main() -> int:
     }
     print_result(result)
     store(result, arguments.output)
-    if not arguments.against:
+    if stored is None:
         return 0
-    stored = json.loads(arguments.against.read_text(encoding="utf-8"))
-    lines = fallen(to_encoder(stored), to_encoder(result), arguments.margin)
-    print_fallen(lines, arguments.against, arguments.margin)
-    return int(bool(lines))
+    return print_fallen(fallen(to_encoder(stored), to_encoder(result), arguments.margin), arguments)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -18,8 +18,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.ceiling import available_cores
 from benchmarks.compare import PAGES
 from benchmarks.engines import JOBS, OURS
@@ -75,8 +73,7 @@ def write_checkpoint(folder: Path) -> None:
 
 def measure_ways(folder: Path, precision: str, arguments: argparse.Namespace) -> list[Round]:
     """Starts a process for each way, compares their ids, and measures rounds."""
-    prompts = np.random.default_rng(0).integers(SIZES[SIZE].n_vocab, size=(JOB.batch, JOB.prompt)).tolist()
-    task = {"task": "generate", "prompts": prompts, "max_new_tokens": JOB.new}
+    task = JOB.task(SIZES[SIZE].n_vocab)
     with contextlib.ExitStack() as stack:
         workers = {}
         for name, way in WAYS.items():

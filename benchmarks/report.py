@@ -38,11 +38,22 @@ def add_against(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--margin", type=float, default=0.07, help="how much worse than stored is worse")
 
 
-def print_fallen(lines: Sequence[str], against: Path, margin: float) -> None:
-    """Prints what ``fallen`` gives."""
-    print(f"worse than in {against} by more than {margin:.0%}: {len(lines) or 'nothing'}")
+def read_stored(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Reads what to compare with, if anything: before the run, which would be in vain where that cannot be."""
+    if not arguments.against:
+        return None
+    try:
+        return json.loads(arguments.against.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--against {arguments.against}: {error}") from error
+
+
+def print_fallen(lines: Sequence[str], arguments: argparse.Namespace) -> int:
+    """Prints what ``fallen`` gives, and gives the exit code."""
+    print(f"worse than in {arguments.against} by more than {arguments.margin:.0%}: {len(lines) or 'nothing'}")
     for line in lines:
         print(f"  {line}")
+    return int(bool(lines))
 
 
 def store(result: dict[str, Any], path: Path) -> None:

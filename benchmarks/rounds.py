@@ -45,10 +45,10 @@ def measure(
     """
     rounds: list[dict[str, Round]] = []
     most = n_rounds * (MOST_TRIES if patience_s else 1)
-    while len(rounds) < most and sum(most_of_others(one) < QUIET for one in rounds) < n_rounds:
+    while len(rounds) < most and sum(most_of_others(*one.values()) < QUIET for one in rounds) < n_rounds:
         wait_until_quiet(patience_s)
         rounds.append(run_round(workers, tasks, readers))
-    quietest = sorted(sorted(range(len(rounds)), key=lambda i: most_of_others(rounds[i]))[:n_rounds])
+    quietest = sorted(sorted(range(len(rounds)), key=lambda i: most_of_others(*rounds[i].values()))[:n_rounds])
     return {job: [rounds[i][job] for i in quietest] for job in tasks}
 
 
@@ -75,13 +75,13 @@ def read(readers: dict[str, Reader]) -> Iterator[dict[str, float]]:
         yield {pages: reader.measure()["bytes_per_s"] for pages, reader in readers.items()}
 
 
-def most_of_others(by_job: dict[str, Round]) -> float:
+def most_of_others(*rounds: Round) -> float:
     """Gives the largest share of the processor's time that others took while an engine did a job."""
-    return max(share for one_round in by_job.values() for share in one_round["others_share"].values())
+    return max(share for one_round in rounds for share in one_round["others_share"].values())
 
 
 def is_quiet(one_round: Round) -> bool:
-    return most_of_others({"": one_round}) < QUIET
+    return most_of_others(one_round) < QUIET
 
 
 def count_disturbed(groups: list[dict[str, Any]]) -> dict[str, int]:

@@ -16,7 +16,6 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import statistics
 import sys
 import sysconfig
@@ -28,7 +27,7 @@ from typing import Any
 
 import tiktoken
 
-from benchmarks.report import add_against, fallen, print_fallen, start_report, store
+from benchmarks.report import add_against, fallen, print_fallen, read_stored, start_report, store
 from tf_gpt2.tokenizer.encoder import END_OF_TEXT, PATTERN, Encoder
 
 RESULTS = Path(__file__).parent / "results" / "tokenizer.json"
@@ -37,6 +36,7 @@ WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDe
 
 def main() -> int:
     arguments = parse_arguments()
+    stored = read_stored(arguments)
     encoder = Encoder.from_files(arguments.model_dir or packaged_vocabulary())
     peer = make_tiktoken(encoder)
     text = arguments.text.read_text(encoding="utf-8") if arguments.text else standard_library_english()
@@ -53,12 +53,9 @@ def main() -> int:
     }
     print_result(result)
     store(result, arguments.output)
-    if arguments.against:
-        stored = json.loads(arguments.against.read_text(encoding="utf-8"))
-        lines = fallen(stored["ratio_to_tiktoken"], result["ratio_to_tiktoken"], arguments.margin)
-        print_fallen(lines, arguments.against, arguments.margin)
-        return int(bool(lines))
-    return 0
+    if stored is None:
+        return 0
+    return print_fallen(fallen(stored["ratio_to_tiktoken"], result["ratio_to_tiktoken"], arguments.margin), arguments)
 
 
 def parse_arguments() -> argparse.Namespace:

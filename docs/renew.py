@@ -267,10 +267,10 @@ def serving_table() -> str:
         for rows, one in model["batches"].items():
             steady = {name: median(times) for name, times in one["steady_s"].items()}
             rate = {name: f"{one['n_tokens'] / duration_s:.0f}" for name, duration_s in steady.items()}
-            to_xla, to_python = (turns(one["steady_s"], *pair) for pair in (("plain", "xla"), ("xla", "generator")))
+            to_xla, to_python = (f"{one['ratios'][goal]:.2f}" for goal in ("plain of xla", "xla of generator"))
             lines.append(
                 f"| {model['model']} | {rows} | {rate['plain']} | {rate['xla']} | {rate['generator']} "
-                f"| {to_xla:.2f} | {to_python:.2f} | {steady['plain']:.2f} / {steady['xla']:.2f} s "
+                f"| {to_xla} | {to_python} | {steady['plain']:.2f} / {steady['xla']:.2f} s "
                 f"| {one['first_s']['plain']:.1f} / {one['first_s']['xla']:.1f} s |"
             )
     made = [
@@ -280,11 +280,6 @@ def serving_table() -> str:
     ]
     note = f"\nTokens/s of all rows, {result['prompt']} prompt tokens and 40 new ones a row, float32, medians. "
     return "\n".join(lines) + f"\n{note}{'; '.join(made)}. {result['machine']['cpu']}, {result['date'][:10]}."
-
-
-def turns(times_s: dict[str, list[float]], one: str, other: str) -> float:
-    """Gives the speed of one way over that of another: the median over repetitions, in which they took turns."""
-    return median(b / a for a, b in zip(times_s[one], times_s[other], strict=True))
 
 
 def tokenizer_table() -> str:

@@ -222,12 +222,12 @@ def test_what_cannot_be_compared_is_refused_before_the_run(result, tmp_path):
     stored.write_text(json.dumps({"settings": result["settings"]}))
     options = argparse.Namespace(against=stored, size="124M", pages="huge", threads=1)
     with pytest.raises(SystemExit, match=r"stored.json: threads must be 2 as in the stored result, got 1"):
-        compare.read_stored(options)
+        compare.read_alike(options)
     options.threads = 2
-    assert compare.read_stored(options) == {"settings": result["settings"]}
+    assert compare.read_alike(options) == {"settings": result["settings"]}
     options.against = tmp_path / "nowhere"
     with pytest.raises(SystemExit, match="nowhere"):
-        compare.read_stored(options)
+        compare.read_alike(options)
 
 
 class Ours:

@@ -141,6 +141,8 @@ def sample_seeds(seeds: np.ndarray, n_samples: int) -> list[int]:
 
 def check_names(options: Mapping[str, Any], *functions: Callable[..., Any], without: Sequence[str] = ()) -> None:
     """Refuses what is neither in ``SamplingOptions`` nor an argument by name of the functions that take them."""
+    if options.keys() <= SamplingOptions.__annotations__.keys():
+        return
     parameters = [parameter for one in functions for parameter in inspect.signature(one).parameters.values()]
     own = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in without]
     names = list(dict.fromkeys([*own, *SamplingOptions.__annotations__]))

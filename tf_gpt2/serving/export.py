@@ -168,8 +168,9 @@ def make_module(model: GPT2Model, signatures: Mapping[str, Any]) -> tf.Module:
     module = tf.Module(name="tf_gpt2")
     module.variables_by_name = {variable.path: variable.value for variable in model.weights}
     of_model = {id(variable) for variable in module.variables_by_name.values()}
-    read = [variable for one in signatures.values() for variable in one.get_concrete_function().graph.variables]
-    module.of_functions = [variable for variable in read if id(variable) not in of_model]
+    graphs = [one.get_concrete_function().graph for one in signatures.values()]
+    read = {id(variable): variable for graph in graphs for variable in graph.variables}  # twins share theirs
+    module.of_functions = [variable for key, variable in read.items() if key not in of_model]
     return module
 
 
