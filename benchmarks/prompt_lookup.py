@@ -110,7 +110,7 @@ def measure_rows(size: str, dtype: str, arguments: argparse.Namespace) -> dict[s
         for batch, seconds in times.items():
             timings = generate(model, [[1, 2, 3]] * batch, max_new_tokens=n_tokens).timings
             if repetition:  # the first one compiles
-                seconds.append(timings.decode_s / (n_tokens - 1))
+                seconds.append(timings.decode_s / n_tokens)
     ratio = median(four / one for one, four in zip(times[1], times[4], strict=True))
     return {"size": size, "dtype": dtype, "ratio": ratio, "step_s": times}
 

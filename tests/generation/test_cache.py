@@ -106,7 +106,7 @@ def program(request):
     sampling = make_sampling(n_rows, CONFIG, temperature=1.0, top_k=5, top_p=0.9, seed=0)
     limits = make_limits([np.ones(4)] * n_rows, 36, (), CONFIG)
     ids, lengths = tf.ones((n_rows, 16), tf.int32), tf.fill([n_rows], 4)
-    state = grow(CompiledLoop(model, jit_compile=False).prefill(ids, lengths, sampling, limits), N_SLOTS)
+    state = grow(CompiledLoop(model, jit_compile=False).prefill(ids, lengths), N_SLOTS)
     arguments = state, sampling, limits, tf.constant(9)
     copies = transposed_of(model)() if n_rows > 1 else ()
     arguments = *arguments, copies

@@ -320,7 +320,7 @@ def test_knobs_compile_nothing(run, odd_model, greedy):
         {"stop_ids": [1]},
         {"stop_ids": range(8)},
         {"max_new_tokens": 16},
-        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
         {"prompts": [[1] * 16, longer, [2]]},
     ):
         run(**options)

@@ -46,7 +46,7 @@ def prompts_of(config, lengths, seed=0):
 
 
 def start(model, rows, options, *, limit, stop_ids=(), padding=0):
-    """The arguments of prefill; what lies past a row's length is ``padding``."""
+    """Ids and lengths, for prefill, sampling and limits; what lies past a row's length is ``padding``."""
     ids = pad_rows(rows, max(map(len, rows)))
     for row, padded in zip(rows, ids, strict=True):
         padded[len(row) :] = padding
@@ -80,7 +80,7 @@ def test_logits_are_those_of_a_plain_forward_pass_at_each_step(config, options, 
     params, recorder = model.get_params(), Recorder(model)
     rows = prompts_of(config, [1, config.n_ctx // 2, config.n_ctx - 1])
     arguments = start(model, rows, options, limit=config.n_ctx, padding=config.n_vocab - 1)
-    state, lengths = grow(prefill(recorder, *arguments), config.n_ctx), [arguments[1].numpy()]
+    state, lengths = grow(prefill(recorder, *arguments[:2]), config.n_ctx), []
     while (state.lengths < config.n_ctx).numpy().any():
         lengths.append(state.lengths.numpy())
         state = decode_step(recorder, state, *arguments[2:4])
@@ -104,8 +104,8 @@ def test_logits_in_reduced_precision_are_those_of_the_model_itself(policy, lengt
     model.set_weights(odd_params)
     recorder = Recorder(model)
     arguments = start(model, prompts_of(odd_config, lengths), GREEDY, limit=20)
-    state = grow(prefill(recorder, *arguments), 32)
-    for _ in range(8):
+    state = grow(prefill(recorder, *arguments[:2]), 32)
+    for _ in range(9):
         state = decode_step(recorder, state, *arguments[2:4])
     for row, ids in enumerate(texts(state)):
         plain = model(np.array([ids])).numpy()[0]
@@ -122,10 +122,10 @@ def test_logits_in_reduced_precision_are_those_of_the_model_itself(policy, lengt
 def test_plain_graph_and_xla_give_what_eager_gives(options, odd_model, odd_config):
     rows = prompts_of(odd_config, [1, 7, 16])
     arguments = start(odd_model, rows, options, limit=30, stop_ids=[50])
-    states = [decode(odd_model, grow(prefill(odd_model, *arguments), 32), *arguments[2:4], tf.constant(32))]
+    states = [decode(odd_model, grow(prefill(odd_model, *arguments[:2]), 32), *arguments[2:4], tf.constant(32))]
     for jit_compile in (False, True):
         loop = loop_of(odd_model, jit_compile=jit_compile)
-        states.append(loop.decode(grow(loop.prefill(*arguments), 32), *arguments[2:4], tf.constant(32)))
+        states.append(loop.decode(grow(loop.prefill(*arguments[:2]), 32), *arguments[2:4], tf.constant(32)))
     eager = states[0]
     assert texts(eager) != [row.tolist() for row in rows]
     for state in states[1:]:
@@ -155,23 +155,23 @@ def test_rows_that_have_ended_stay_as_they_are(odd_model, odd_config):
     rows = prompts_of(odd_config, [2, 5])
     ids, lengths, sampling, limits = start(odd_model, rows, GREEDY, limit=9)
     limits = limits._replace(lengths=tf.constant([4, 12]))
-    state = grow(prefill(odd_model, ids, lengths, sampling, limits), 16)
+    state = grow(prefill(odd_model, ids, lengths), 16)
     state = decode(odd_model, state, sampling, limits, 100)
     assert state.lengths.numpy().tolist() == [4, 12]
     both = start(odd_model, rows, GREEDY, limit=12)
-    free = decode(odd_model, grow(prefill(odd_model, *both), 16), *both[2:4], 100)
+    free = decode(odd_model, grow(prefill(odd_model, *both[:2]), 16), *both[2:4], 100)
     assert texts(state)[0] == texts(free)[0][:4]
     assert texts(state)[1] == texts(free)[1]
 
 
 def test_no_more_steps_than_asked_for_and_none_when_all_have_ended(odd_model, odd_config):
     arguments = start(odd_model, prompts_of(odd_config, [3]), GREEDY, limit=20)
-    state = grow(prefill(odd_model, *arguments), 32)
+    state = grow(prefill(odd_model, *arguments[:2]), 32)
     for n_steps in range(3):
-        assert decode(odd_model, state, *arguments[2:4], n_steps).lengths.numpy().tolist() == [4 + n_steps]
+        assert decode(odd_model, state, *arguments[2:4], n_steps).lengths.numpy().tolist() == [3 + n_steps]
     recorder = Recorder(odd_model)
     arguments = start(odd_model, prompts_of(odd_config, [3]), GREEDY, limit=5)
-    decode(recorder, grow(prefill(recorder, *arguments), 16), *arguments[2:4], 1000)
+    decode(recorder, grow(prefill(recorder, *arguments[:2]), 16), *arguments[2:4], 1000)
     assert len(recorder.seen) == 2
 
 
@@ -215,7 +215,7 @@ def test_a_growing_cache_changes_nothing(options, odd_model, odd_config, small_s
         sizes.append(state.keys[0].shape[1])
         states.append(state)
     assert sizes == [5, 10, 20, 20, 40]  # the longest row ends within 20 places, and others are shorter
-    whole = decode(odd_model, grow(prefill(odd_model, *arguments[:3], limits), 40), arguments[2], limits, 40)
+    whole = decode(odd_model, grow(prefill(odd_model, *arguments[:2]), 40), arguments[2], limits, 40)
     assert texts(states[-1]) == texts(whole)
     assert [len(row) for row in texts(whole)] == [37, 12, 30]
     for row, length in enumerate(whole.lengths.numpy()):
@@ -227,8 +227,8 @@ def test_a_cache_grows_for_the_rows_that_go_on(odd_model, odd_config, small_step
     arguments = start(odd_model, prompts_of(odd_config, [5, 1]), GREEDY, limit=37)
     limits = arguments[3]._replace(lengths=tf.constant([6, 12]))
     states = list(run(odd_model, *arguments[:3], limits))
-    assert [state.keys[0].shape[1] for state in states] == [5, 10, 20]
-    assert states[-1].lengths.numpy().tolist() == [6, 12]
+    assert [state.keys[0].shape[1] for state in states] == [5, 10, 10, 20]
+    assert [state.lengths.numpy().tolist() for state in states] == [[5, 1], [6, 7], [6, 11], [6, 12]]
 
 
 def test_compiling_ahead_leaves_nothing_to_compile(odd_config, odd_params, small_steps):
@@ -287,7 +287,7 @@ def test_a_loop_without_its_model_is_no_crash(odd_config):
     loop = CompiledLoop(GPT2Model(odd_config), jit_compile=False)
     gc.collect()
     with pytest.raises(Exception):  # noqa: B017
-        loop.prefill(tf.ones((1, 3), tf.int32), tf.constant([3]), None, None)
+        loop.prefill(tf.ones((1, 3), tf.int32), tf.constant([3]))
 
 
 HEALTH = """

@@ -144,8 +144,8 @@ def test_the_ordinary_loop_looks_for_no_likeliest(n_top, odd_model, odd_config):
     rows = [np.array([1, 2, 3], np.int32)]
     sampling, limits = make_sampling(1, odd_config), make_limits(rows, 5, (), odd_config)
     functions = CompiledLoop(odd_model, jit_compile=False)
-    state = functions.prefill(np.array([[1, 2, 3]], np.int32), np.array([3], np.int32), sampling, limits, 1, n_top)
-    assert state.top_ids.shape == state.top_logprobs.shape == (1, 4, n_top)
+    state = functions.prefill(np.array([[1, 2, 3]], np.int32), np.array([3], np.int32), 1, n_top)
+    assert state.top_ids.shape == state.top_logprobs.shape == (1, 5, n_top)
     graph = functions.decode.function.get_concrete_function(loop.grow(state, 8), sampling, limits, 3).graph
     nodes = [node for part in graph.as_graph_def().library.function for node in part.node_def]
     assert len(nodes) > 100

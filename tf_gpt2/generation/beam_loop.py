@@ -113,7 +113,8 @@ def prefill(model: GPT2Model, ids: tf.Tensor, lengths: tf.Tensor, scores: tf.Ten
         search: how to compare, when to end.
     """
     n_prompts, n_beams = scores.shape
-    logits, cache = read_prompts(model, ids, lengths)
+    hidden, cache = read_prompts(model, ids)
+    logits = model.logits(tf.gather(hidden, lengths - 1, batch_dims=1))  # (B, V): one position's are enough
     ids = tf.tile(tf.pad(ids, [[0, 0], [0, 1]])[:, None], (1, n_beams, 1))  # (B, K, T + 1)
     rows = tf.tile(tf.range(n_prompts)[:, None], (1, n_beams))  # (B, K)
     state = Beams(

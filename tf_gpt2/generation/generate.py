@@ -118,14 +118,12 @@ def generate(
         n_top=n_top,
         jit_compile=jit_compile,
     )
-    goes_on = run.goes_on  # waits for the first tokens
-    first_s = time.perf_counter()
-    while goes_on:
+    read_s = time.perf_counter()
+    while run.goes_on:
         run.advance(model.config.n_ctx if is_complete is None else CHUNK)
         if is_complete is not None:
             run.end([is_complete(ids) for ids in new_ids(run.state, rows)])
-        goes_on = run.goes_on
-    timings = Timings(prefill_s=first_s - start_s, decode_s=time.perf_counter() - first_s)
+    timings = Timings(prefill_s=read_s - start_s, decode_s=time.perf_counter() - read_s)
     result = make_result(run.state, rows, max_new_tokens, top_logprobs, is_complete, timings)
     return dataclasses.replace(result, n_truncated=[n for n in n_truncated for _ in range(n_samples)])
 
@@ -184,7 +182,7 @@ def stream(
 
 
 def in_pieces(run: Run | SlidingRun, n_known: int) -> Iterator[list[int]]:
-    """Gives the ids behind the first ``n_known`` of one row as they come: the first two alone, then more at a time."""
+    """Gives the ids behind the first ``n_known`` of one row as they come: the first alone, then more at a time."""
     n_steps = 1
     while True:
         ids = run.state.ids.numpy()[0, n_known : length_of(run)].tolist()

@@ -83,7 +83,7 @@ def find_drafts(state: State) -> tuple[tf.Tensor, tf.Tensor]:
         int32 (B, N), what followed there; bool (B,), whether there was a match.
     """
     ids, last = state.ids, state.lengths[:, None] - 1
-    places = tf.range(ids.shape[1])[None]  # (1, S + 1)
+    places = tf.range(ids.shape[1])[None]  # (1, S + 2)
     is_same, n_same = places < last, tf.zeros(ids.shape, tf.int32)
     for back in range(LONGEST_MATCH):
         wanted = tf.gather(ids, tf.maximum(last - back, 0), batch_dims=1)  # (B, 1)
@@ -123,19 +123,18 @@ def plain_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Lim
 def checking_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits) -> Lookup:
     """Appends to each row as much of its draft as the model says too, and the token that it says then."""
     state, drafts = lookup.state, lookup.drafts
-    n_rows, n_slots = state.ids.shape[0], state.keys[0].shape[1]
-    n_fed = N_DRAFTED + 1
+    n_rows, n_fed, n_places = state.ids.shape[0], N_DRAFTED + 1, n_slots(lookup)
     places = state.lengths[:, None] + tf.range(n_fed)  # (B, T), of what is chosen
     last = tf.gather(state.ids, state.lengths - 1, batch_dims=1)  # (B,)
     # a row that goes on feeds no place but those before the last one: what comes too late may go there
-    positions = tf.minimum(places - 1, n_slots - 1)
+    positions = tf.minimum(places - 1, n_places - 1)
     fed = tf.concat([last[:, None], drafts], axis=1)  # (B, T)
     hidden, cache = feed_several(model, fed, positions, state.keys, state.values)
     logits = tf.reshape(model.logits(hidden), (n_rows * n_fed, -1))  # (B*T, V)
 
     # each place chooses as a row of its own, that has said the draft up to there
     drafted = write(state.ids, places[:, :-1], drafts)
-    lengths = tf.reshape(tf.minimum(places, n_slots), [-1])  # (B*T,)
+    lengths = tf.reshape(tf.minimum(places, n_places), [-1])  # (B*T,)
     history = History(tf.repeat(drafted, n_fed, axis=0), lengths, tf.repeat(state.prompt_lengths, n_fed))
     chosen = choose(logits, repeat(sampling, n_fed), history, limits.stop_ids)  # (B*T,)
     logprobs = tf.gather(logits, chosen, batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
@@ -144,7 +143,7 @@ def checking_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: 
     n_hits = tf.reduce_sum(tf.math.cumprod(tf.cast(chosen[:, :-1] == drafts, tf.int32), axis=1), axis=1)  # (B,)
     stops = tf.reduce_any(chosen[..., None] == limits.stop_ids, axis=-1)  # (B, T)
     n_before_stop = tf.reduce_min(tf.where(stops, tf.range(n_fed), n_fed), axis=1)
-    n_wanted = tf.minimum(n_hits + 1, tf.minimum(limits.lengths, n_slots) - state.lengths)
+    n_wanted = tf.minimum(n_hits + 1, tf.minimum(limits.lengths, n_places) - state.lengths)
     active = is_active(state, limits)
     longer = state._replace(
         ids=write(state.ids, places, chosen),
@@ -158,7 +157,7 @@ def checking_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: 
 
 
 def write(rows: tf.Tensor, places: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    """Writes (B, T) into (B, S + 1); what lies behind the last column goes there, where nothing is read."""
+    """Writes (B, T) into (B, S + 2); what lies behind the last column goes there, where nothing is read."""
     numbers = tf.broadcast_to(tf.range(rows.shape[0])[:, None], places.shape)
     slots = tf.stack([numbers, tf.minimum(places, rows.shape[1] - 1)], axis=-1)  # (B, T, 2)
     return tf.tensor_scatter_nd_update(rows, slots, values)
@@ -202,10 +201,13 @@ def decode(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits,
     """Takes up to ``n_steps`` steps, of either kind."""
     end = lookup.n_passes + n_steps
 
+    def is_to_check(now: Lookup) -> tf.Tensor:
+        return pays(now, limits) & (longest(now, limits) < n_slots(now))  # the last token there is room for is plain
+
     def body(lookup: Lookup) -> tuple[Lookup]:
         # two loops in one, not a choice in it: a choice would copy the cache at each step
-        lookup = repeat_while(lambda now: ~pays(now, limits), plain_step, model, lookup, sampling, limits, end)
-        return (repeat_while(lambda now: pays(now, limits), checking_step, model, lookup, sampling, limits, end),)
+        lookup = repeat_while(lambda now: ~is_to_check(now), plain_step, model, lookup, sampling, limits, end)
+        return (repeat_while(is_to_check, checking_step, model, lookup, sampling, limits, end),)
 
     return tf.while_loop(lambda now: has_room(now, limits, end), body, (lookup,))[0]
 
@@ -228,8 +230,16 @@ def repeat_while(
 
 
 def has_room(lookup: Lookup, limits: Limits, end: tf.Tensor) -> tf.Tensor:
-    """Says whether any row goes on, none of them fills the cache, and there were fewer than ``end`` passes."""
-    state = lookup.state
-    active = is_active(state, limits)
-    longest = tf.reduce_max(tf.where(active, state.lengths, 0))
-    return tf.reduce_any(active) & (longest < state.keys[0].shape[1]) & (lookup.n_passes < end)
+    """Says whether any row goes on, all of them can be fed, and there were fewer than ``end`` passes."""
+    goes_on = tf.reduce_any(is_active(lookup.state, limits))
+    return goes_on & (longest(lookup, limits) <= n_slots(lookup)) & (lookup.n_passes < end)
+
+
+def longest(lookup: Lookup, limits: Limits) -> tf.Tensor:
+    """Gives the length of the longest row that goes on."""
+    return tf.reduce_max(tf.where(is_active(lookup.state, limits), lookup.state.lengths, 0))
+
+
+def n_slots(lookup: Lookup) -> int:
+    """Gives the number of positions that the cache has room for."""
+    return lookup.state.keys[0].shape[1]

@@ -1,8 +1,9 @@
 """Prefill and decode: the two functions that XLA compiles.
 
-Prefill reads the prompts and chooses each row's first new token; decode feeds the last token back, in a loop inside one
-compiled function; the cache grows between calls. All else that may differ between calls is data; only shapes make XLA
-compile, and these come from ``bucket``. Ids and lengths are taken as valid. Knows nothing of text.
+Prefill reads the prompts into the cache; decode feeds each row's last token and chooses the next, in a loop inside one
+compiled function; the cache grows between calls. So the head, and what chooses, are compiled once, in decode. All that
+may differ between calls is data; only shapes make XLA compile, and these come from ``bucket``. Ids and lengths are taken
+as valid. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class State(NamedTuple):
     """What the loop carries.
 
     Attributes:
-        ids: int32 (B, S + 1), prompt and new tokens. What lies past a row's length means nothing; the last column is
-            there for rows that are full and still write.
+        ids: int32 (B, S + 2), prompt and new tokens: S that can be fed, and the last one. What lies past a row's length
+            means nothing; the last column is there for rows that are full and still write.
         lengths: int32 (B,), tokens so far. The last one has not been fed to the model yet.
         prompt_lengths: int32 (B,), how many of them are the prompt's.
-        logprobs: float32 (B, S + 1), of each new token under the unmodified model, at its place in ``ids``.
-        top_ids: int32 (B, S + 1, K), what the unmodified model finds likeliest there, the likeliest first.
-        top_logprobs: float32 (B, S + 1, K), of these.
+        logprobs: float32 (B, S + 2), of each new token under the unmodified model, at its place in ``ids``.
+        top_ids: int32 (B, S + 2, K), what the unmodified model finds likeliest there, the likeliest first.
+        top_logprobs: float32 (B, S + 2, K), of these.
         stopped: bool (B,), whether the row chose a stop id, which is not counted in ``lengths``.
         keys: per block (B*H, S, D).
         values: per block (B*H, S, D).
@@ -68,29 +69,27 @@ def prefill(
     model: GPT2Model,
     ids: tf.Tensor,
     lengths: tf.Tensor,
-    sampling: Sampling,
-    limits: Limits,
     n_samples: int = 1,
     n_top: int = 0,
     prompt_lengths: tf.Tensor | None = None,
 ) -> State:
-    """Reads each prompt once and appends the first token to each of its samples; the cache has room for no more.
+    """Reads each prompt once, for all its samples; the cache has room for no more.
+
+    Each last token is read here too, though it has yet to be fed: what it leaves in the cache is written again.
 
     Args:
         model: the model.
         ids: int32 (B, T), right-padded.
         lengths: int32 (B,), at least 1.
-        sampling: how to choose, for B * N rows: the samples of the first prompt, those of the second, and so on.
-        limits: when to end, for the same rows.
-        n_samples: N, a shape.
+        n_samples: N, a shape: the state has B * N rows, the samples of the first prompt, those of the second, and so on.
         n_top: K, how many of the likeliest ids to keep beside each chosen one, a shape.
         prompt_lengths: int32 (B,), how many of the ids are the prompt's, not new ones from before; all by default.
     """
     n_prompts = shape_of(ids)[0]
-    logits, cache = read_prompts(model, ids, lengths, n_samples)
-    ids = for_samples(tf.pad(ids, [[0, 0], [0, 1]]), n_samples)  # (B*N, T + 1)
+    _, cache = read_prompts(model, ids)
+    ids = for_samples(tf.pad(ids, [[0, 0], [0, 2]]), n_samples)  # (B*N, T + 2)
     lengths = for_samples(lengths, n_samples)  # (B*N,)
-    state = State(
+    return State(
         ids=ids,
         lengths=lengths,
         prompt_lengths=lengths if prompt_lengths is None else prompt_lengths,
@@ -101,18 +100,12 @@ def prefill(
         keys=tuple(repeat_heads(layer.keys, n_prompts, n_samples) for layer in cache),
         values=tuple(repeat_heads(layer.values, n_prompts, n_samples) for layer in cache),
     )
-    return append(state, logits, sampling, limits)
 
 
-def read_prompts(
-    model: GPT2Model, ids: tf.Tensor, lengths: tf.Tensor, n_samples: int = 1
-) -> tuple[tf.Tensor, list[PrefillLayer]]:
-    """Gives the logits behind each prompt, once per sample, float32 (B*N, V), and what attention keeps of it."""
+def read_prompts(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, list[PrefillLayer]]:
+    """Gives what comes before the logits, (B, T, C), and what attention keeps; int32 (B, T)."""
     cache = [PrefillLayer() for _ in model.blocks]
-    hidden = model.hidden_states(ids, cache=cache)  # (B, T, C)
-    last = tf.gather(hidden, lengths - 1, batch_dims=1)  # (B, C): the head is the largest product, one row is enough
-    # logits that are repeated, and not computed so often, XLA fuses into what follows, and LLVM compiles for minutes
-    return model.logits(for_samples(last, n_samples)), cache
+    return model.hidden_states(ids, cache=cache), cache
 
 
 def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
@@ -231,11 +224,11 @@ def bucket(length: int, n_ctx: int) -> int:
 
 
 def cache_sizes(length: int, limit: int, n_ctx: int) -> Iterator[int]:
-    """Says how large the cache becomes while rows of up to ``length`` grow to ``limit``.
+    """Says how large the cache becomes while what is in it grows from ``length`` positions to ``limit``.
 
     Attention reads the whole cache, used or not, so a large one is not made at once; but each size compiles anew.
     """
-    size = length
+    size, limit = length, max(length, limit)
     while True:
         size = bucket(min(limit, max(GROWTH * size, SMALLEST_GROWING)), n_ctx)
         yield size

@@ -16,8 +16,8 @@ class Timings(NamedTuple):
     """Durations of one call.
 
     Attributes:
-        prefill_s: until each row had its first token.
-        decode_s: for all the others.
+        prefill_s: until the prompts were read.
+        decode_s: for the new tokens.
     """
 
     prefill_s: float

@@ -5,7 +5,7 @@ Knows nothing of text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,18 +31,18 @@ class Run:
         model: the model.
         ids: int32 (B, T), right-padded, T a bucket.
         lengths: int32 (B,), at least 1.
-        sampling: how to choose, as for ``prefill``.
-        limits: when to end.
+        sampling: how to choose, for the rows of the state.
+        limits: when to end, for the same rows.
         n_samples: how many rows to make of each prompt.
         n_top: how many of the likeliest ids to keep.
         jit_compile: whether XLA compiles.
 
     Attributes:
-        state: what there is so far; after the first token of each row, to begin with.
+        state: what there is so far; the prompts, to begin with.
         limits: when to end.
 
     Raises:
-        ParamsError: when the model's logits are not numbers; ``advance`` too.
+        ParamsError: by ``advance``, when the model's logits are not numbers.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Run:
         self.limits = limits
         self._sampling = sampling
         self._loop = loop_of(model, jit_compile=jit_compile)
-        self._sizes = cache_sizes(ids.shape[1], int(tf.reduce_max(limits.lengths)), model.config.n_ctx)
+        self._sizes = sizes_for(ids, limits, model)
         self._n_slots = next(self._sizes)
-        self.state = checked(self._loop.prefill(ids, lengths, sampling, limits, n_samples, n_top))
+        self.state = self._loop.prefill(ids, lengths, n_samples, n_top)
 
     @property
     def goes_on(self) -> bool:
@@ -73,9 +73,9 @@ class Run:
         """Appends up to ``n_steps`` tokens to each row that goes on; fewer when that fills the cache."""
         active = is_active(self.state, self.limits)
         longest = int(tf.reduce_max(tf.where(active, self.state.lengths, 0)))
-        if longest == self._n_slots:
+        if longest > self._n_slots:
             self._n_slots = next(self._sizes)
-        n_steps = min(n_steps, self._n_slots - longest)
+        n_steps = min(n_steps, self._n_slots + 1 - longest)
         if self.state.keys[0].shape[1] < self._n_slots:
             self.state = grow(self.state, self._n_slots)
         self.state = checked(self._decode(self.state, tf.constant(n_steps)))
@@ -95,10 +95,15 @@ def compile_run(
 ) -> None:
     """Compiles what a ``Run`` with these arguments needs."""
     loop = loop_of(model, jit_compile=jit_compile)
-    state = loop.prefill(ids, lengths, sampling, limits, 1, 0)
-    for n_slots in cache_sizes(ids.shape[1], int(tf.reduce_max(limits.lengths)), model.config.n_ctx):
+    state = loop.prefill(ids, lengths, 1, 0)
+    for n_slots in sizes_for(ids, limits, model):
         state = grow(state, n_slots)
         loop.decode(state, sampling, limits, tf.constant(0))
+
+
+def sizes_for(ids: tf.Tensor, limits: Limits, model: GPT2Model) -> Iterator[int]:
+    """Says how large the cache becomes from the prompts to the end: the last token there may be is never fed."""
+    return cache_sizes(ids.shape[1], int(tf.reduce_max(limits.lengths)) - 1, model.config.n_ctx)
 
 
 def checked(state: State) -> State:

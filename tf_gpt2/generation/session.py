@@ -14,9 +14,9 @@ import tensorflow as tf
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.compiled import Compiled, once_per_model
 from tf_gpt2.generation.generate import in_pieces
-from tf_gpt2.generation.loop import Limits, State, append, cache_sizes, feed_several, grow
+from tf_gpt2.generation.loop import Limits, State, cache_sizes, feed_several, grow
 from tf_gpt2.generation.prompts import pad
-from tf_gpt2.generation.run import Run, checked
+from tf_gpt2.generation.run import Run
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.settings import (
     SamplingOptions,
@@ -35,31 +35,26 @@ N_READ = 32
 """Tokens that are read at once: one number for all turns, as another one compiles anew."""
 
 
-def read(model: GPT2Model, state: State, start: tf.Tensor, sampling: Sampling, limits: Limits) -> State:
-    """Reads a row on from ``start`` to its end, and appends the next token.
+def read(model: GPT2Model, state: State, start: tf.Tensor) -> State:
+    """Reads a row on from ``start``, up to its last token, which has yet to be fed.
 
     Args:
         model: the model.
-        state: one row; its cache holds what is before ``start``, and has a place to spare behind its end.
+        state: one row; its cache holds what is before ``start``.
         start: int32, the first position to read.
-        sampling: how to choose.
-        limits: when to end.
     """
     n_slots = state.keys[0].shape[1]
 
-    def body(start: tf.Tensor, hidden: tf.Tensor, keys: Any, values: Any) -> tuple[Any, ...]:
-        # what lies behind the text goes to places that later tokens take over, or to the spare one
+    def body(start: tf.Tensor, keys: Any, values: Any) -> tuple[Any, ...]:
+        # the last token, and what lies behind the text, goes to places that later tokens take over
         positions = tf.minimum(start + tf.range(N_READ), n_slots - 1)[None]  # (1, T)
         ids = tf.gather(state.ids, positions, batch_dims=1)
-        hidden, cache = feed_several(model, ids, positions, keys, values)  # (1, T, C)
-        last = tf.minimum(state.lengths - 1 - start, N_READ - 1)
-        hidden = tf.gather(hidden, last, batch_dims=1)  # (1, C)
-        return start + N_READ, hidden, tuple(x.keys for x in cache), tuple(x.values for x in cache)
+        _, cache = feed_several(model, ids, positions, keys, values)
+        return start + N_READ, tuple(x.keys for x in cache), tuple(x.values for x in cache)
 
-    hidden = tf.zeros((1, model.config.n_embd), model.compute_dtype)
-    loop = (start, hidden, state.keys, state.values)
-    _, hidden, keys, values = tf.while_loop(lambda start, *_: start < state.lengths[0], body, loop)
-    return append(state._replace(keys=keys, values=values), model.logits(hidden), sampling, limits)
+    loop = (start, state.keys, state.values)
+    _, keys, values = tf.while_loop(lambda start, *_: start < state.lengths[0] - 1, body, loop)
+    return state._replace(keys=keys, values=values)
 
 
 @once_per_model
@@ -78,10 +73,10 @@ class GrowingRun(Run):
         self._plan(self.state)
 
     def extend(self, n_kept: int, ids: Sequence[int], sampling: Sampling, limits: Limits) -> None:
-        """Keeps the first tokens, reads others behind them, and appends the next."""
+        """Keeps the first tokens, and reads others behind them."""
         n_tokens = n_kept + len(ids)
         state = self.state
-        while self._n_slots <= n_tokens:
+        while self._n_slots < n_tokens:
             self._n_slots = next(self._sizes)
         state = grow(state, self._n_slots)
         row = state.ids.numpy()
@@ -92,7 +87,7 @@ class GrowingRun(Run):
         )
         self._sampling, self.limits = sampling, limits
         # the last of the tokens that are kept has not been fed yet
-        self.state = checked(self._read(state, tf.constant(n_kept - 1), sampling, limits))
+        self.state = self._read(state, tf.constant(n_kept - 1))
 
     def _plan(self, state: State) -> None:
         """Plans few sizes of the cache, whatever one turn may need: each of them compiles."""

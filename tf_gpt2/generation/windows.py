@@ -108,11 +108,10 @@ class SlidingRun:
 
     def advance(self, n_steps: int) -> None:
         """Appends up to ``n_steps`` tokens to each row that goes on; reads again when the windows are full."""
-        if self._run.goes_on:
-            self._run.advance(n_steps)
-        else:
+        if not self._run.goes_on:
             self._texts, self._stopped = self._whole()
             self._run = self._read()
+        self._run.advance(n_steps)
 
     def end(self, rows: Sequence[bool]) -> None:
         """Lets rows end where they are."""

@@ -99,7 +99,7 @@ class GraphLoop:
         )
 
     def _generate(self, prompts: Prompts, sampling: Sampling, limits: Limits) -> Continued:
-        state = self._prefill(prompts.ids, prompts.lengths, sampling, limits, 1, 0, prompts.prompt_lengths)
+        state = self._prefill(prompts.ids, prompts.lengths, 1, 0, prompts.prompt_lengths)
         longest = tf.maximum(tf.reduce_max(limits.lengths), tf.shape(prompts.ids)[1])  # of rows that go no further too
         state = grow(state, self.n_positions(longest))
         has_one_row = prompts.ids.shape[0] == 1
