@@ -69,7 +69,7 @@ def test_what_compiles_nothing(traces):
     [
         ({"prompts": [[1], [2]]}, {"prompts": [[3], [4, 5]]}),
         ({"prompts": [[1] * 17]}, {"prompts": [[1] * 20]}),
-        ({"max_new_tokens": 30}, {"max_new_tokens": 37}),
+        ({"max_new_tokens": 31}, {"max_new_tokens": 37}),
         ({"num_samples": 2}, {"num_samples": 2, "seed": 5}),
         ({"num_samples": 3}, {"num_samples": 3}),
         ({"top_logprobs": 1}, {"top_logprobs": 8}),

@@ -12,12 +12,11 @@ from tf_gpt2.checkpoint.params import leaves, map_leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.model.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
+from tf_gpt2.model.loops import compiled_loop, plain_loop
 from tf_gpt2.model.products import (
     LARGE,
     MOST_ROWS_APART,
-    compiled_loop,
     gelu,
-    plain_loop,
     product,
     small_product,
     softmax,

@@ -2,8 +2,8 @@
 
 Prefill reads the prompts into the cache; decode feeds each row's last token and chooses the next, in a loop inside one
 compiled function; the cache grows between calls. So the head, and what chooses, are compiled once, in decode. All that
-may differ between calls is data; only shapes make XLA compile, and these come from ``bucket``. Ids and lengths are taken
-as valid. Knows nothing of text.
+may differ between calls is data; only shapes make XLA compile, and these come from ``bucket``. Ids and lengths are
+taken as valid. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer, for
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.sampling import Sampling, choose
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import plain_loop, shape_of
+from tf_gpt2.model.loops import plain_loop
+from tf_gpt2.model.products import shape_of
 
 SMALLEST_BUCKET = 16
 SMALLEST_GROWING = 256
@@ -81,7 +82,7 @@ def prefill(
         model: the model.
         ids: int32 (B, T), right-padded.
         lengths: int32 (B,), at least 1.
-        n_samples: N, a shape: the state has B * N rows, the samples of the first prompt, those of the second, and so on.
+        n_samples: N, a shape: the state has B * N rows, the samples of the first prompt, of the second, and so on.
         n_top: K, how many of the likeliest ids to keep beside each chosen one, a shape.
         prompt_lengths: int32 (B,), how many of the ids are the prompt's, not new ones from before; all by default.
     """

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tf_gpt2.generation.compiled import Compiled
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import compiled_loop
+from tf_gpt2.model.loops import compiled_loop
 
 Copies = tuple[tf.Tensor, ...]
 """Float32 (n_in, n_out) for each of ``matrices``, or nothing."""
@@ -90,7 +90,7 @@ def over_copies(loop: Callable[..., Any]) -> Callable[..., Any]:
     def loop_over_copies(model: GPT2Model, *arguments: Any) -> Any:
         *others, copies = arguments
         known = dict(zip(map(id, matrices(model)), copies, strict=False))
-        with compiled_loop((lambda w, _: known[id(w)]) if known else None):
+        with compiled_loop(known):
             return loop(model, *others)
 
     return loop_over_copies

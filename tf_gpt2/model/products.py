@@ -7,55 +7,17 @@ one. So each vector that feeds a product here ends in a true division. The value
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import tensorflow as tf
 
-Transpose = Callable[[tf.Tensor, tf.DType], tf.Tensor]
-"""Gives a weight (n_out, n_in), rounded to a dtype, as float32 (n_in, n_out)."""
+from tf_gpt2.model.loops import loop_around
 
 LARGE = 2**19
 """Numbers in a weight from which on ``plain_product`` puts it first."""
 
 MOST_ROWS_APART = 8
 """Rows for which a loop that XLA compiles rather reads an 8-bit weight once for each than makes floats of it."""
-
-_transpose: contextvars.ContextVar[Transpose | None] = contextvars.ContextVar("transpose", default=None)
-_wide_weights: contextvars.ContextVar[Mapping[int, tf.Tensor] | None] = contextvars.ContextVar(
-    "wide_weights", default=None
-)
-
-
-@contextlib.contextmanager
-def compiled_loop(transpose: Transpose | None = None) -> Iterator[None]:
-    """Says that what is traced inside is the body of a loop that XLA compiles, so that work can be moved out of it.
-
-    Args:
-        transpose: where products of several rows get a transposed weight from; ``transposed_once`` by default.
-    """
-    token = _transpose.set(transpose or transposed_once)
-    try:
-        yield
-    finally:
-        _transpose.reset(token)
-
-
-@contextlib.contextmanager
-def plain_loop(weights: Iterable[tf.Variable]) -> Iterator[None]:
-    """Says that what is traced inside is the body of a loop that XLA does not compile.
-
-    Products inside use float32 copies of 8-bit weights, which are made here, once, and live as long as the loop; they
-    would be cast at each step.
-    """
-    wide = {id(w): tf.cast(w, tf.float32) for w in weights if w.dtype == tf.int8}
-    token = _wide_weights.set(wide)
-    try:
-        yield
-    finally:
-        _wide_weights.reset(token)
 
 
 def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Tensor:
@@ -71,17 +33,19 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
     """
     n_out, n_in = w.shape
     rows = tf.reshape(x, (-1, n_in))
-    wide_weights = _wide_weights.get()
-    if wide_weights is not None:
-        y = plain_product(rows, wide_weights.get(id(w), w))
+    loop = loop_around()
+    copy = loop.copies.get(id(w)) if loop else None
+    if loop and not loop.is_compiled:
+        y = plain_product(rows, w if copy is None else copy)
     elif rows.shape[0] == 1:
         y = one_row_product(rows, w)
-    elif _transpose.get() and w.dtype == tf.int8 and rows.shape[0] in range(2, MOST_ROWS_APART + 1):
+    elif loop and w.dtype == tf.int8 and rows.shape[0] in range(2, MOST_ROWS_APART + 1):
         y = row_by_row(rows, w)
     elif w.dtype == tf.int8:
         y = tf.matmul(rows, tf.cast(cast_late(w, rows), x.dtype), transpose_b=True)
-    elif transpose := _transpose.get():
-        y = tf.cast(tf.matmul(tf.cast(rows, tf.float32), transpose(w, x.dtype)), x.dtype)
+    elif loop:
+        transposed = transposed_once(w, x.dtype) if copy is None else copy
+        y = tf.cast(tf.matmul(tf.cast(rows, tf.float32), transposed), x.dtype)
     else:
         y = tf.matmul(rows, tf.cast(w, x.dtype), transpose_b=True)
     y = y if scale is None else y * tf.cast(scale, x.dtype)

@@ -1,0 +1,61 @@
+"""Calls layers that differ in their weights only: one is traced, and its graph is called for all.
+
+Tracing twelve blocks takes Python twelve times as long as one, at each first call. What XLA compiles is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_gpt2.model.loops import copies_of, with_copies
+
+WRAPPED_BY_KERAS = {"build", "quantize"}
+
+
+def call_alike(layers: Sequence[keras.Layer], x: tf.Tensor, caches: Sequence[Any]) -> tf.Tensor:
+    """Calls layers one after the other, as ``x = layer(x, cache=cache)`` for each.
+
+    Args:
+        layers: alike, see ``are_alike``.
+        x: what the first one takes.
+        caches: one per layer; their attributes are tensors, and change as the layers change them.
+    """
+    first = layers[0]
+
+    @tf.function(autograph=False)
+    def call_one(weights: list[Any], copies: list[Any], x: tf.Tensor, attributes: dict[str, Any]) -> Any:
+        cache = copy.copy(caches[0])
+        vars(cache).update(attributes)
+        scope = keras.StatelessScope(list(zip(first.variables, weights, strict=True)))
+        with scope, with_copies(values_of(first), copies):  # in this order: the scope changes the values
+            return first(x, cache=cache), vars(cache)
+
+    for layer, cache in zip(layers, caches, strict=True):
+        weights = values_of(layer)
+        x, attributes = call_one([tf.convert_to_tensor(w) for w in weights], copies_of(weights), x, vars(cache))
+        vars(cache).update(attributes)
+    return x
+
+
+def values_of(layer: keras.Layer) -> list[Any]:
+    """Gives what a layer computes with, in the order of its variables."""
+    return [variable.value for variable in layer.variables]
+
+
+def are_alike(layers: Sequence[keras.Layer]) -> bool:
+    """Says whether layers differ in their weights only, also when someone has changed one of them."""
+    return all(traits(layer) == traits(layers[0]) for layer in layers)
+
+
+def traits(layer: keras.Layer) -> Any:
+    """Gives all that a layer's graph depends on but the values of weights."""
+    own = vars(layer)
+    overridden = {name: own[name] for name in own.keys() & vars(type(layer)).keys() - WRAPPED_BY_KERAS}
+    parts = {name: traits(part) for name, part in own.items() if isinstance(part, keras.Layer)}
+    settings = {**layer.get_config(), "name": None}
+    return type(layer), settings, overridden, parts, [(w.shape, w.dtype) for w in layer.variables]

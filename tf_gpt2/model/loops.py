@@ -1,0 +1,74 @@
+"""What is traced may be the body of a loop, out of which work can be moved: copies of weights that are made once."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+
+class Loop(NamedTuple):
+    """The loop around what is traced.
+
+    Attributes:
+        is_compiled: whether XLA compiles it.
+        copies: of weights (n_out, n_in), by their ``id``, as the loop multiplies by them: where XLA compiles it,
+            transposed ones, float32 (n_in, n_out), for several rows; where not, float32 ones of 8-bit weights.
+    """
+
+    is_compiled: bool
+    copies: Mapping[int, tf.Tensor]
+
+
+_loop: contextvars.ContextVar[Loop | None] = contextvars.ContextVar("loop", default=None)
+
+
+def loop_around() -> Loop | None:
+    """Gives the loop whose body is being traced, if any."""
+    return _loop.get()
+
+
+@contextlib.contextmanager
+def inside(loop: Loop | None) -> Iterator[None]:
+    """Says that what is traced inside is a loop's body."""
+    token = _loop.set(loop)
+    try:
+        yield
+    finally:
+        _loop.reset(token)
+
+
+def compiled_loop(copies: Mapping[int, tf.Tensor] | None = None) -> contextlib.AbstractContextManager[None]:
+    """Says that what is traced inside is the body of a loop that XLA compiles.
+
+    Args:
+        copies: transposed weights; where there are none, XLA makes them before the loop.
+    """
+    return inside(Loop(is_compiled=True, copies=copies or {}))
+
+
+def plain_loop(weights: Iterable[tf.Variable]) -> contextlib.AbstractContextManager[None]:
+    """Says that what is traced inside is the body of a loop that XLA does not compile.
+
+    The float32 copies of 8-bit weights are made here, once, and live as long as the loop; they would be made at each
+    step.
+    """
+    return inside(
+        Loop(is_compiled=False, copies={id(w): tf.cast(w, tf.float32) for w in weights if w.dtype == tf.int8})
+    )
+
+
+def copies_of(weights: Iterable[Any]) -> list[tf.Tensor | None]:
+    """Gives the copies that the loop around has of weights, ``None`` of those that it has none of."""
+    loop = loop_around()
+    return [loop.copies.get(id(w)) if loop else None for w in weights]
+
+
+def with_copies(weights: Iterable[Any], copies: Iterable[tf.Tensor | None]) -> contextlib.AbstractContextManager[None]:
+    """Goes on in the same loop with other tensors for weights, and for ``copies_of`` them."""
+    loop = loop_around()
+    known = {id(w): copy for w, copy in zip(weights, copies, strict=True) if copy is not None}
+    return inside(loop and loop._replace(copies=known))
