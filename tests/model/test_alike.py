@@ -12,7 +12,7 @@ from tf_gpt2.generation.generate import generate
 from tf_gpt2.generation.loop import read_prompts
 from tf_gpt2.model.alike import are_alike, call_alike
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.layers import Block
+from tf_gpt2.model.layers import Block, causal_mask
 from tf_gpt2.model.loops import compiled_loop
 
 CONFIG = GPT2Config(n_vocab=53, n_ctx=24, n_embd=12, n_head=3, n_layer=4)
@@ -105,6 +105,50 @@ def test_one_block_is_traced_for_all(model, n_calls):
     assert len(n_calls) == 4  # eagerly each by itself
 
 
+class Remembering:
+    """Someone's own cache: keeps more than tensors."""
+
+    def __init__(self):
+        self.lengths = []
+
+    def update(self, k, v):
+        self.lengths.append(k.shape[1])
+        return k, v, causal_mask(k.shape[1])
+
+
+class Stateless:
+    """Someone's own cache without attributes."""
+
+    __slots__ = ()
+
+    def update(self, k, v):
+        return k, v, causal_mask(k.shape[1])
+
+
+@pytest.mark.parametrize("cache", [Remembering, Stateless])
+def test_any_object_can_be_a_cache_in_a_graph(cache, model):
+    ids, caches = tf.constant([[3, 1, 4]]), [cache() for _ in model.blocks]
+    found = tf.function(lambda ids: model.hidden_states(ids, cache=caches))(ids)
+    np.testing.assert_allclose(found, model.hidden_states(ids), atol=1e-5)
+    assert all(one.lengths == [3] for one in caches if cache is Remembering)
+
+
+class Adapted(keras.layers.Layer):
+    """Someone's own layer around another; Keras cannot tell its settings."""
+
+    def __init__(self, inner, factor):
+        super().__init__()
+        self.inner, self.factor, self.b = inner, factor, inner.b
+
+    def call(self, x):
+        return self.inner(x) * self.factor
+
+
+def adapt(mlp, factor):
+    mlp._tracker.unlock()
+    mlp.c_proj = Adapted(mlp.c_proj, np.float32(factor))
+
+
 def halve(layer):
     call = layer.call
     layer.call = lambda *args, **kwargs: call(*args, **kwargs) / 2
@@ -115,6 +159,7 @@ CHANGES = {
     "a method of each": lambda model: [halve(block.attn) for block in model.blocks],
     "a method of the first": lambda model: halve(model.blocks[0]),
     "a method inside": lambda model: halve(model.blocks[3].attn.c_proj),
+    "a layer of each": lambda model: [adapt(block.mlp, 0.5 + i) for i, block in enumerate(model.blocks)],
     "another class": lambda model: setattr(model.blocks[1].mlp, "__class__", Narrow),
 }
 
@@ -124,6 +169,12 @@ class Narrow(type(make_model().blocks[0].mlp)):
 
     def call(self, x, training=None):
         return super().call(x) * 0.3
+
+
+def test_a_batch_goes_through_someone_s_own_layers_under_xla(model):
+    CHANGES["a layer of each"](model)
+    plain = generate(model, PROMPTS, max_new_tokens=6, jit_compile=False)
+    assert generate(model, PROMPTS, max_new_tokens=6).ids == plain.ids
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

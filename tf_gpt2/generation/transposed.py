@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from tf_gpt2.generation.compiled import Compiled
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.layers import Linear
 from tf_gpt2.model.loops import compiled_loop
 
 Copies = tuple[tf.Tensor, ...]
@@ -24,9 +25,9 @@ Copies = tuple[tf.Tensor, ...]
 
 
 def matrices(model: GPT2Model) -> list[tf.Variable]:
-    """Gives all that products are taken with, each (n_out, n_in)."""
-    linears = [layer for b in model.blocks for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-    return [model.wte.value, *(linear.w.value for linear in linears)]
+    """Gives all that products are taken with, each (n_out, n_in); not what is inside someone's own layers."""
+    layers = [layer for b in model.blocks for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+    return [model.wte.value, *(layer.w.value for layer in layers if isinstance(layer, Linear))]
 
 
 class TransposedWeights:

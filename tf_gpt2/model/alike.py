@@ -23,7 +23,7 @@ def call_alike(layers: Sequence[keras.Layer], x: tf.Tensor, caches: Sequence[Any
     Args:
         layers: alike, see ``are_alike``.
         x: what the first one takes.
-        caches: one per layer; their attributes are tensors, and change as the layers change them.
+        caches: one per layer, see ``hold_tensors``; their attributes change as the layers change them.
     """
     first = layers[0]
 
@@ -47,6 +47,19 @@ def values_of(layer: keras.Layer) -> list[Any]:
     return [variable.value for variable in layer.variables]
 
 
+def hold_tensors(caches: Sequence[Any]) -> bool:
+    """Says whether caches, of one class, can go through a graph: whether their attributes are tensors, all of them."""
+    is_one_class = len({type(cache) for cache in caches}) == 1
+    return is_one_class and all(
+        hasattr(cache, "__dict__") and is_made_of_tensors(*vars(cache).values()) for cache in caches
+    )
+
+
+def is_made_of_tensors(*parts: Any) -> bool:
+    """Says whether all parts are tensors, or tuples of tensors; lists may be appended to."""
+    return all(tf.is_tensor(part) or (isinstance(part, tuple) and is_made_of_tensors(*part)) for part in parts)
+
+
 def are_alike(layers: Sequence[keras.Layer]) -> bool:
     """Says whether layers differ in their weights only, also when someone has changed one of them."""
     return all(traits(layer) == traits(layers[0]) for layer in layers)
@@ -57,5 +70,12 @@ def traits(layer: keras.Layer) -> Any:
     own = vars(layer)
     overridden = {name: own[name] for name in own.keys() & vars(type(layer)).keys() - WRAPPED_BY_KERAS}
     parts = {name: traits(part) for name, part in own.items() if isinstance(part, keras.Layer)}
-    settings = {**layer.get_config(), "name": None}
-    return type(layer), settings, overridden, parts, [(w.shape, w.dtype) for w in layer.variables]
+    return type(layer), settings_of(layer), overridden, parts, [(w.shape, w.dtype) for w in layer.variables]
+
+
+def settings_of(layer: keras.Layer) -> Any:
+    """Gives a layer's settings but its name; the layer itself, which is like no other, when it does not tell them."""
+    try:
+        return {**layer.get_config(), "name": None}
+    except NotImplementedError:
+        return layer

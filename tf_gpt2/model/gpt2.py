@@ -17,7 +17,7 @@ from tf_gpt2.checkpoint.openai import iter_variables
 from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.model.alike import are_alike, call_alike
+from tf_gpt2.model.alike import are_alike, call_alike, hold_tensors
 from tf_gpt2.model.layers import Block, LayerCache, LayerNorm
 from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, blank_weights, normal, value_of
 from tf_gpt2.model.products import product, shape_of
@@ -146,7 +146,7 @@ class GPT2Model(ParamTree, keras.Model):
         x = self.token_embeddings(ids, look_up)  # (B, T, C)
         x = x + tf.cast(look_up(read(self.wpe), positions), self.compute_dtype)
         x = self.embd_dropout(x, training=training)
-        if cache is not None and not tf.executing_eagerly() and are_alike(self.blocks):
+        if cache is not None and not tf.executing_eagerly() and are_alike(self.blocks) and hold_tensors(cache):
             return self.ln_f(call_alike(self.blocks, x, cache))
         for i, block in enumerate(self.blocks):
             x = block(x, cache=None if cache is None else cache[i], training=training)
