@@ -1,5 +1,7 @@
 """Blocks that share one graph against blocks that are called one by one; and when they may not share one."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -134,7 +136,7 @@ def test_any_object_can_be_a_cache_in_a_graph(cache, model):
 
 
 class Adapted(keras.layers.Layer):
-    """Someone's own layer around another; Keras cannot tell its settings."""
+    """Someone's own layer around another."""
 
     def __init__(self, inner, factor):
         super().__init__()
@@ -142,6 +144,30 @@ class Adapted(keras.layers.Layer):
 
     def call(self, x):
         return self.inner(x) * self.factor
+
+
+class Counting(type(make_model().blocks[0])):
+    """A block of someone's own, which counts its calls."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.n_calls = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name="n_calls")
+
+    def call(self, *args, **kwargs):
+        self.n_calls.assign_add(1)
+        return super().call(*args, **kwargs)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_a_layer_s_state_is_kept(n_layer):
+    blocks = [Counting(12, 3) for _ in range(n_layer)]
+    model = GPT2Model(dataclasses.replace(CONFIG, n_layer=n_layer))
+    model._tracker.unlock()
+    model.blocks = blocks
+    for block in blocks:
+        block.build((None, None, 12))
+    generate(model, [[3, 1, 4]], max_new_tokens=5, jit_compile=False)
+    assert [int(block.n_calls) for block in blocks] == [6] * n_layer  # once in prefill
 
 
 def adapt(mlp, factor):

@@ -12,8 +12,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_gpt2.model.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
 from tf_gpt2.model.loops import copies_of, with_copies
 
+OWN = {Block, CausalSelfAttention, MLP, LayerNorm, Linear, keras.layers.Dropout}
 WRAPPED_BY_KERAS = {"build", "quantize"}
 
 
@@ -61,21 +63,19 @@ def is_made_of_tensors(*parts: Any) -> bool:
 
 
 def are_alike(layers: Sequence[keras.Layer]) -> bool:
-    """Says whether layers differ in their weights only, also when someone has changed one of them."""
-    return all(traits(layer) == traits(layers[0]) for layer in layers)
+    """Says whether several layers differ in their weights only, also when someone has changed one of them."""
+    return len(layers) > 1 and all(traits(layer) == traits(layers[0]) for layer in layers)
 
 
 def traits(layer: keras.Layer) -> Any:
-    """Gives all that a layer's graph depends on but the values of weights."""
+    """Gives all that a layer's graph depends on but the values of weights; someone's own layer is like no other.
+
+    Such a layer may do anything, keep a state for instance, which one graph for all would lose.
+    """
+    if type(layer) not in OWN:
+        return layer
     own = vars(layer)
     overridden = {name: own[name] for name in own.keys() & vars(type(layer)).keys() - WRAPPED_BY_KERAS}
     parts = {name: traits(part) for name, part in own.items() if isinstance(part, keras.Layer)}
-    return type(layer), settings_of(layer), overridden, parts, [(w.shape, w.dtype) for w in layer.variables]
-
-
-def settings_of(layer: keras.Layer) -> Any:
-    """Gives a layer's settings but its name; the layer itself, which is like no other, when it does not tell them."""
-    try:
-        return {**layer.get_config(), "name": None}
-    except NotImplementedError:
-        return layer
+    settings = {**layer.get_config(), "name": None}
+    return type(layer), settings, overridden, parts, [(w.shape, w.dtype) for w in layer.variables]
