@@ -123,18 +123,18 @@ def plain_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Lim
 def checking_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits) -> Lookup:
     """Appends to each row as much of its draft as the model says too, and the token that it says then."""
     state, drafts = lookup.state, lookup.drafts
-    n_rows, n_fed, n_places = state.ids.shape[0], N_DRAFTED + 1, n_slots(lookup)
+    n_rows, n_fed = state.ids.shape[0], N_DRAFTED + 1
     places = state.lengths[:, None] + tf.range(n_fed)  # (B, T), of what is chosen
     last = tf.gather(state.ids, state.lengths - 1, batch_dims=1)  # (B,)
     # a row that goes on feeds no place but those before the last one: what comes too late may go there
-    positions = tf.minimum(places - 1, n_places - 1)
+    positions = tf.minimum(places - 1, state.n_slots - 1)
     fed = tf.concat([last[:, None], drafts], axis=1)  # (B, T)
     hidden, cache = feed_several(model, fed, positions, state.keys, state.values)
     logits = tf.reshape(model.logits(hidden), (n_rows * n_fed, -1))  # (B*T, V)
 
     # each place chooses as a row of its own, that has said the draft up to there
     drafted = write(state.ids, places[:, :-1], drafts)
-    lengths = tf.reshape(tf.minimum(places, n_places), [-1])  # (B*T,)
+    lengths = tf.reshape(tf.minimum(places, state.n_slots), [-1])  # (B*T,)
     history = History(tf.repeat(drafted, n_fed, axis=0), lengths, tf.repeat(state.prompt_lengths, n_fed))
     chosen = choose(logits, repeat(sampling, n_fed), history, limits.stop_ids)  # (B*T,)
     logprobs = tf.gather(logits, chosen, batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
@@ -143,7 +143,7 @@ def checking_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: 
     n_hits = tf.reduce_sum(tf.math.cumprod(tf.cast(chosen[:, :-1] == drafts, tf.int32), axis=1), axis=1)  # (B,)
     stops = tf.reduce_any(chosen[..., None] == limits.stop_ids, axis=-1)  # (B, T)
     n_before_stop = tf.reduce_min(tf.where(stops, tf.range(n_fed), n_fed), axis=1)
-    n_wanted = tf.minimum(n_hits + 1, tf.minimum(limits.lengths, n_places) - state.lengths)
+    n_wanted = tf.minimum(n_hits + 1, tf.minimum(limits.lengths, state.n_slots) - state.lengths)
     active = is_active(state, limits)
     longer = state._replace(
         ids=write(state.ids, places, chosen),
@@ -202,7 +202,8 @@ def decode(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits,
     end = lookup.n_passes + n_steps
 
     def is_to_check(now: Lookup) -> tf.Tensor:
-        return pays(now, limits) & (longest(now, limits) < n_slots(now))  # the last token there is room for is plain
+        # the last token there is room for is plain
+        return pays(now, limits) & (longest(now, limits) < now.state.n_slots)
 
     def body(lookup: Lookup) -> tuple[Lookup]:
         # two loops in one, not a choice in it: a choice would copy the cache at each step
@@ -232,14 +233,9 @@ def repeat_while(
 def has_room(lookup: Lookup, limits: Limits, end: tf.Tensor) -> tf.Tensor:
     """Says whether any row goes on, all of them can be fed, and there were fewer than ``end`` passes."""
     goes_on = tf.reduce_any(is_active(lookup.state, limits))
-    return goes_on & (longest(lookup, limits) <= n_slots(lookup)) & (lookup.n_passes < end)
+    return goes_on & (longest(lookup, limits) <= lookup.state.n_slots) & (lookup.n_passes < end)
 
 
 def longest(lookup: Lookup, limits: Limits) -> tf.Tensor:
     """Gives the length of the longest row that goes on."""
     return tf.reduce_max(tf.where(is_active(lookup.state, limits), lookup.state.lengths, 0))
-
-
-def n_slots(lookup: Lookup) -> int:
-    """Gives the number of positions that the cache has room for."""
-    return lookup.state.keys[0].shape[1]

@@ -53,6 +53,11 @@ class State(NamedTuple):
     keys: tuple[tf.Tensor, ...]
     values: tuple[tf.Tensor, ...]
 
+    @property
+    def n_slots(self) -> int:
+        """S, how many positions the cache has room for."""
+        return self.keys[0].shape[1]
+
 
 class Limits(NamedTuple):
     """When rows end.

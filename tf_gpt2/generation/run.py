@@ -76,7 +76,7 @@ class Run:
         if longest > self._n_slots:
             self._n_slots = next(self._sizes)
         n_steps = min(n_steps, self._n_slots + 1 - longest)
-        if self.state.keys[0].shape[1] < self._n_slots:
+        if self.state.n_slots < self._n_slots:
             self.state = grow(self.state, self._n_slots)
         self.state = checked(self._decode(self.state, tf.constant(n_steps)))
 

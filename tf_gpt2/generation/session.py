@@ -43,11 +43,10 @@ def read(model: GPT2Model, state: State, start: tf.Tensor) -> State:
         state: one row; its cache holds what is before ``start``.
         start: int32, the first position to read.
     """
-    n_slots = state.keys[0].shape[1]
 
     def body(start: tf.Tensor, keys: Any, values: Any) -> tuple[Any, ...]:
         # the last token, and what lies behind the text, goes to places that later tokens take over
-        positions = tf.minimum(start + tf.range(N_READ), n_slots - 1)[None]  # (1, T)
+        positions = tf.minimum(start + tf.range(N_READ), state.n_slots - 1)[None]  # (1, T)
         ids = tf.gather(state.ids, positions, batch_dims=1)
         _, cache = feed_several(model, ids, positions, keys, values)
         return start + N_READ, tuple(x.keys for x in cache), tuple(x.values for x in cache)
@@ -91,7 +90,7 @@ class GrowingRun(Run):
 
     def _plan(self, state: State) -> None:
         """Plans few sizes of the cache, whatever one turn may need: each of them compiles."""
-        self._sizes = cache_sizes(state.keys[0].shape[1], self._n_ctx, self._n_ctx)
+        self._sizes = cache_sizes(state.n_slots, self._n_ctx, self._n_ctx)
         self._n_slots = next(self._sizes)
 
 

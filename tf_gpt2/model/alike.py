@@ -64,7 +64,8 @@ def is_made_of_tensors(*parts: Any) -> bool:
 
 def are_alike(layers: Sequence[keras.Layer]) -> bool:
     """Says whether several layers differ in their weights only, also when someone has changed one of them."""
-    return len(layers) > 1 and all(traits(layer) == traits(layers[0]) for layer in layers)
+    first, *others = map(traits, layers)
+    return bool(others) and all(other == first for other in others)
 
 
 def traits(layer: keras.Layer) -> Any:
