@@ -11,12 +11,13 @@ import tensorflow as tf
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer
+from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer, write
 from tf_gpt2.generation.generate import make_limits, make_sampling
 from tf_gpt2.generation.loop import grow
 from tf_gpt2.generation.run import CompiledLoop
 from tf_gpt2.generation.transposed import transposed_of
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.loops import compiled_loop, plain_loop
 from tf_gpt2.model.products import MOST_ROWS_APART
 
 # two heads of width 32, 24 or 64 places: no weight has the shape of the cache
@@ -42,20 +43,64 @@ def test_prefill_keeps_keys_and_values_and_hides_the_future():
     np.testing.assert_array_equal(np.broadcast_to(mask, (1, 4, 4))[0], np.tril(np.ones((4, 4), bool)))
 
 
-def test_decode_writes_each_row_at_its_place_and_shows_what_is_up_to_there():
-    positions, n_head = [2, 0, 6], 2
-    keys, values = numbers(6, 7, 5), numbers(6, 7, 5, seed=1)
-    k, v = numbers(6, 1, 5, seed=2), numbers(6, 1, 5, seed=3)
-    layer = DecodeLayer(keys, values, DecodeSlots.at(tf.constant(positions)[:, None], 6, 7))
-    results = layer.update(k, v)
-    mask = np.broadcast_to(results[2], (6, 1, 7))
+LOOPS = {"compiled": compiled_loop, "plain": lambda: plain_loop([])}
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("positions", [[[2], [0], [6]], [[2, 3], [0, 1], [5, 6]]], ids=["one token", "two tokens"])
+def test_decode_writes_each_row_at_its_place_and_shows_what_is_up_to_there(positions, loop):
+    n_head, n_fed = 2, len(positions[0])
+    before = numbers(6, 7, 5).numpy().copy(), numbers(6, 7, 5, seed=1).numpy().copy()
+    new = numbers(6, n_fed, 5, seed=2), numbers(6, n_fed, 5, seed=3)
+    with loop():
+        layer = DecodeLayer(*map(tf.constant, before), DecodeSlots.at(tf.constant(positions), n_head, 7))
+        *after, mask = layer.update(*new)
+    mask = np.broadcast_to(mask, (6, n_fed, 7))
     for row in range(6):
-        place = positions[row // n_head]
-        for after, before, new in ((results[0], keys, k), (results[1], values, v)):
-            np.testing.assert_array_equal(after[row, place], new[row, 0])
-            np.testing.assert_array_equal(np.delete(after[row], place, 0), np.delete(before[row], place, 0))
-        assert mask[row, 0].tolist() == [slot <= place for slot in range(7)]
-    assert (layer.keys, layer.values) == (results[0], results[1])
+        places = positions[row // n_head]
+        for x_after, x_before, x_new in zip(after, before, new, strict=True):
+            np.testing.assert_array_equal(x_after.numpy()[row, places], x_new[row])
+            np.testing.assert_array_equal(np.delete(x_after[row], places, 0), np.delete(x_before[row], places, 0))
+        assert mask[row].tolist() == [[slot <= place for slot in range(7)] for place in places]
+    assert [layer.keys, layer.values] == after
+
+
+def address(x):
+    return np.asarray(x).ctypes.data
+
+
+def test_a_plain_loop_writes_in_place():
+    keys, values = numbers(6, 7, 5), numbers(6, 7, 5, seed=1)
+    with plain_loop([]):
+        layer = DecodeLayer(keys, values, DecodeSlots.at(tf.constant([[2], [0], [6]]), 2, 7))
+        layer.update(numbers(6, 1, 5, seed=2), numbers(6, 1, 5, seed=3))
+    assert (address(layer.keys), address(layer.values)) == (address(keys), address(values))
+
+
+def test_what_a_plain_loop_writes_behind_a_full_row_goes_into_no_other():
+    before = numbers(6, 7, 5).numpy().copy()
+    with plain_loop([]):
+        slots = DecodeSlots.at(tf.constant([[2], [9], [7]]), 2, 7)
+        after = write(tf.constant(before), slots.slots, numbers(6, 1, 5, seed=2)).numpy()
+    np.testing.assert_array_equal(np.delete(after[:2], 2, 1), np.delete(before[:2], 2, 1))
+    np.testing.assert_array_equal(after[2:, :-1], before[2:, :-1])
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_state_can_be_continued_twice(jit_compile):
+    model = GPT2Model(CONFIG)
+    model.set_weights(lively_params(CONFIG))
+    sampling = make_sampling(2, CONFIG, temperature=1.0, seed=3)
+    limits = make_limits([np.ones(4)] * 2, 20, (), CONFIG)
+    loop = CompiledLoop(model, jit_compile=jit_compile)
+    state = grow(loop.prefill(tf.ones((2, 16), tf.int32), tf.fill([2], 4), 1, 0), N_SLOTS)
+    before = [x.numpy().copy() for x in tf.nest.flatten(state)]
+    first, second = (loop.decode(state, sampling, limits, tf.constant(9)) for _ in range(2))
+    for x, was in zip(tf.nest.flatten(state), before, strict=True):
+        np.testing.assert_array_equal(x, was)
+    for x, y in zip(tf.nest.flatten(first), tf.nest.flatten(second), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not np.array_equal(first.keys[0], before[-4])
 
 
 # ---- that it stays where it is

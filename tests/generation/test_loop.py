@@ -33,7 +33,8 @@ class Recorder:
     """A model that remembers the logits it gave."""
 
     def __init__(self, model):
-        self.model, self.blocks, self.hidden_states, self.seen = model, model.blocks, model.hidden_states, []
+        self.model, self.config, self.blocks = model, model.config, model.blocks
+        self.hidden_states, self.seen = model.hidden_states, []
 
     def logits(self, hidden):
         self.seen.append(self.model.logits(hidden))

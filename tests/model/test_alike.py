@@ -47,7 +47,7 @@ def draw(*shape, seed=0):
 def make_caches(kind, n_rows):
     if kind == "prefill":
         return [PrefillLayer() for _ in range(4)]
-    slots = DecodeSlots.at(tf.range(n_rows)[:, None] + 5, 3 * n_rows, 10)
+    slots = DecodeSlots.at(tf.range(n_rows)[:, None] + 5, 3, 10)
     return [DecodeLayer(draw(3 * n_rows, 10, 4, seed=i), draw(3 * n_rows, 10, 4, seed=i + 9), slots) for i in range(4)]
 
 

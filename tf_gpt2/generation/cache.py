@@ -1,7 +1,8 @@
 """The key/value cache: one object per block, as attention asks for it.
 
 Keys and values are apart, each (B*H, S, D): of the layouts measured, the one that XLA updates in place. New entries are
-written first and then attended to; the other order makes XLA copy the cache at each step. Knows nothing of ids.
+written first and then attended to; the other order makes XLA copy the cache at each step. Outside of XLA TensorFlow
+would copy it in any case, so there it is told to write in place. Knows nothing of ids.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_gpt2.model.layers import causal_mask
+from tf_gpt2.model.loops import is_plain
 from tf_gpt2.model.products import shape_of
 
 
@@ -36,7 +38,7 @@ class DecodeSlots(NamedTuple):
     """Where each row's new entries go and what each of them may see: the same for all blocks.
 
     Attributes:
-        slots: int32 (B*H, T, 2), row and position.
+        slots: int32 (B*H, T, 2), row and position; in a plain loop int32 (B*H, T), places in the cache as one list.
         mask: bool (B*H, T, S), false behind the position.
     """
 
@@ -44,13 +46,15 @@ class DecodeSlots(NamedTuple):
     mask: tf.Tensor
 
     @classmethod
-    def at(cls, positions: tf.Tensor, n_rows: int, n_slots: int) -> DecodeSlots:
+    def at(cls, positions: tf.Tensor, n_head: int, n_slots: int | tf.Tensor) -> DecodeSlots:
         """Makes them from positions, int32 (B, T), for a cache (B*H, S, D)."""
-        n_heads = n_rows // shape_of(positions)[0]
-        positions = tf.repeat(positions, n_heads, axis=0)  # (B*H, T)
+        n_tokens = shape_of(positions)[1]
+        positions = tf.reshape(tf.tile(positions[:, None], (1, n_head, 1)), (-1, n_tokens))  # (B*H, T)
         mask = tf.range(n_slots) <= positions[..., None]  # (B*H, T, S)
-        rows = tf.broadcast_to(tf.range(n_rows)[:, None], shape_of(positions))
-        return cls(slots=tf.stack([rows, positions], axis=-1), mask=mask)
+        rows = tf.range(shape_of(positions)[0])[:, None]  # (B*H, 1)
+        if is_plain():
+            return cls(slots=rows * n_slots + tf.minimum(positions, n_slots - 1), mask=mask)
+        return cls(slots=tf.stack([tf.broadcast_to(rows, shape_of(positions)), positions], axis=-1), mask=mask)
 
 
 class DecodeLayer:
@@ -70,9 +74,19 @@ class DecodeLayer:
     def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Writes keys and values (B*H, T, D) into their slots; gives the whole cache and the mask (B*H, T, S)."""
         slots, mask = self.slots
-        self.keys = tf.tensor_scatter_nd_update(self.keys, slots, tf.cast(k, self.keys.dtype))
-        self.values = tf.tensor_scatter_nd_update(self.values, slots, tf.cast(v, self.values.dtype))
+        self.keys, self.values = write(self.keys, slots, k), write(self.values, slots, v)
         return self.keys, self.values, mask
+
+
+def write(part: tf.Tensor, slots: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+    """Writes entries, (B*H, T, D), into slots of keys or values, (B*H, S, D); see ``DecodeSlots``."""
+    new = tf.cast(new, part.dtype)
+    if not is_plain():
+        return tf.tensor_scatter_nd_update(part, slots, new)
+    shape, width = shape_of(part), part.shape[-1]
+    entries, new = (tf.reshape(x, (-1, width)) for x in (part, new))  # (B*H*S, D), (B*H*T, D)
+    # whoever else holds this memory sees it change: a loop must have it alone, see ``as_plain_loop``
+    return tf.reshape(tf.raw_ops.InplaceUpdate(x=entries, i=tf.reshape(slots, [-1]), v=new), shape)
 
 
 def for_samples(rows: tf.Tensor, n_samples: int) -> tf.Tensor:

@@ -127,12 +127,16 @@ def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n
 
 
 def as_plain_loop(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives ``decode``, or another loop over a model, as it is fastest without XLA."""
+    """Gives ``decode``, or another loop over a state with a cache, as it is fastest without XLA.
+
+    It writes into a copy of the cache, which is made once: what others hold stays as it is.
+    """
 
     @functools.wraps(loop)
-    def in_plain_loop(model: GPT2Model, *args: Any) -> Any:
+    def in_plain_loop(model: GPT2Model, state: Any, *args: Any) -> Any:
+        keys, values = (tuple(tf.raw_ops.DeepCopy(x=x) for x in parts) for parts in (state.keys, state.values))
         with plain_loop(variable.value for variable in model.variables):
-            return loop(model, *args)
+            return loop(model, state._replace(keys=keys, values=values), *args)
 
     return in_plain_loop
 
@@ -180,7 +184,7 @@ def feed_several(
     Returns:
         What comes before the logits, (B, T, C), and the longer cache.
     """
-    slots = DecodeSlots.at(positions, *shape_of(keys[0])[:2])
+    slots = DecodeSlots.at(positions, model.config.n_head, shape_of(keys[0])[1])
     cache = [DecodeLayer(k, v, slots) for k, v in zip(keys, values, strict=True)]
     return model.hidden_states(ids, positions=positions, cache=cache), cache  # (B, T, C)
 

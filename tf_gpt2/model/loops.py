@@ -31,6 +31,12 @@ def loop_around() -> Loop | None:
     return _loop.get()
 
 
+def is_plain() -> bool:
+    """Says whether what is being traced is the body of a loop that XLA does not compile."""
+    loop = loop_around()
+    return loop is not None and not loop.is_compiled
+
+
 @contextlib.contextmanager
 def inside(loop: Loop | None) -> Iterator[None]:
     """Says that what is traced inside is a loop's body."""
