@@ -38,7 +38,7 @@ class DecodeSlots(NamedTuple):
     """Where each row's new entries go and what each of them may see: the same for all blocks.
 
     Attributes:
-        slots: int32 (B*H, T, 2), row and position; in a plain loop int32 (B*H, T), places in the cache as one list.
+        slots: int32 (B*H, T, 2), row and position; in a plain loop int32 (B*H*T,), places in the cache as one list.
         mask: bool (B*H, T, S), false behind the position.
     """
 
@@ -53,7 +53,8 @@ class DecodeSlots(NamedTuple):
         mask = tf.range(n_slots) <= positions[..., None]  # (B*H, T, S)
         rows = tf.range(shape_of(positions)[0])[:, None]  # (B*H, 1)
         if is_plain():
-            return cls(slots=rows * n_slots + tf.minimum(positions, n_slots - 1), mask=mask)
+            places = rows * n_slots + tf.minimum(positions, n_slots - 1)
+            return cls(slots=tf.reshape(places, [-1]), mask=mask)
         return cls(slots=tf.stack([tf.broadcast_to(rows, shape_of(positions)), positions], axis=-1), mask=mask)
 
 
@@ -86,7 +87,7 @@ def write(part: tf.Tensor, slots: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
     shape, width = shape_of(part), part.shape[-1]
     entries, new = (tf.reshape(x, (-1, width)) for x in (part, new))  # (B*H*S, D), (B*H*T, D)
     # whoever else holds this memory sees it change: a loop must have it alone, see ``as_plain_loop``
-    return tf.reshape(tf.raw_ops.InplaceUpdate(x=entries, i=tf.reshape(slots, [-1]), v=new), shape)
+    return tf.reshape(tf.raw_ops.InplaceUpdate(x=entries, i=slots, v=new), shape)
 
 
 def for_samples(rows: tf.Tensor, n_samples: int) -> tf.Tensor:
