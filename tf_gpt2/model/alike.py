@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from tf_gpt2.model.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
-from tf_gpt2.model.loops import copies_of, with_copies
+from tf_gpt2.model.loops import copy_of, with_copies
 
 OWN = {Block, CausalSelfAttention, MLP, LayerNorm, Linear, keras.layers.Dropout}
 WRAPPED_BY_KERAS = {"build", "quantize"}
@@ -39,7 +39,9 @@ def call_alike(layers: Sequence[keras.Layer], x: tf.Tensor, caches: Sequence[Any
 
     for layer, cache in zip(layers, caches, strict=True):
         weights = values_of(layer)
-        x, attributes = call_one([tf.convert_to_tensor(w) for w in weights], copies_of(weights), x, vars(cache))
+        x, attributes = call_one(
+            [tf.convert_to_tensor(w) for w in weights], [copy_of(w) for w in weights], x, vars(cache)
+        )
         vars(cache).update(attributes)
     return x
 

@@ -67,14 +67,14 @@ def plain_loop(weights: Iterable[tf.Variable]) -> contextlib.AbstractContextMana
     )
 
 
-def copies_of(weights: Iterable[Any]) -> list[tf.Tensor | None]:
-    """Gives the copies that the loop around has of weights, ``None`` of those that it has none of."""
+def copy_of(weight: Any) -> tf.Tensor | None:
+    """Gives the copy that the loop around has of a weight, if any."""
     loop = loop_around()
-    return [loop.copies.get(id(w)) if loop else None for w in weights]
+    return loop.copies.get(id(weight)) if loop else None
 
 
 def with_copies(weights: Iterable[Any], copies: Iterable[tf.Tensor | None]) -> contextlib.AbstractContextManager[None]:
-    """Goes on in the same loop with other tensors for weights, and for ``copies_of`` them."""
+    """Goes on in the same loop with other tensors for weights, and for ``copy_of`` them."""
     loop = loop_around()
     known = {id(w): copy for w, copy in zip(weights, copies, strict=True) if copy is not None}
     return inside(loop and loop._replace(copies=known))

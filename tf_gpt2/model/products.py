@@ -11,7 +11,7 @@ import math
 
 import tensorflow as tf
 
-from tf_gpt2.model.loops import is_plain, loop_around
+from tf_gpt2.model.loops import copy_of, is_plain, loop_around
 
 LARGE = 2**19
 """Numbers in a weight from which on ``plain_product`` puts it first."""
@@ -33,8 +33,7 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
     """
     n_out, n_in = w.shape
     rows = tf.reshape(x, (-1, n_in))
-    loop = loop_around()
-    copy = loop.copies.get(id(w)) if loop else None
+    loop, copy = loop_around(), copy_of(w)
     if is_plain():
         y = plain_product(rows, w if copy is None else copy)
     elif rows.shape[0] == 1:
