@@ -11,7 +11,7 @@ import tensorflow as tf
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer, write
+from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, slots_at
 from tf_gpt2.generation.generate import make_limits, make_sampling
 from tf_gpt2.generation.loop import grow
 from tf_gpt2.generation.run import CompiledLoop
@@ -53,7 +53,8 @@ def test_decode_writes_each_row_at_its_place_and_shows_what_is_up_to_there(posit
     before = numbers(6, 7, 5).numpy().copy(), numbers(6, 7, 5, seed=1).numpy().copy()
     new = numbers(6, n_fed, 5, seed=2), numbers(6, n_fed, 5, seed=3)
     with loop():
-        layer = DecodeLayer(*map(tf.constant, before), DecodeSlots.at(tf.constant(positions), n_head, 7))
+        slots = slots_at(tf.constant(positions), n_head, tf.constant(before[0]))
+        layer = DecodeLayer(*map(tf.constant, before), slots)
         *after, mask = layer.update(*new)
     mask = np.broadcast_to(mask, (6, n_fed, 7))
     for row in range(6):
@@ -72,7 +73,7 @@ def address(x):
 def test_a_plain_loop_writes_in_place():
     keys, values = numbers(6, 7, 5), numbers(6, 7, 5, seed=1)
     with plain_loop([]):
-        layer = DecodeLayer(keys, values, DecodeSlots.at(tf.constant([[2], [0], [6]]), 2, 7))
+        layer = DecodeLayer(keys, values, slots_at(tf.constant([[2], [0], [6]]), 2, keys))
         layer.update(numbers(6, 1, 5, seed=2), numbers(6, 1, 5, seed=3))
     assert (address(layer.keys), address(layer.values)) == (address(keys), address(values))
 
@@ -80,8 +81,8 @@ def test_a_plain_loop_writes_in_place():
 def test_what_a_plain_loop_writes_behind_a_full_row_goes_into_no_other():
     before = numbers(6, 7, 5).numpy().copy()
     with plain_loop([]):
-        slots = DecodeSlots.at(tf.constant([[2], [9], [7]]), 2, 7)
-        after = write(tf.constant(before), slots.slots, numbers(6, 1, 5, seed=2)).numpy()
+        slots = slots_at(tf.constant([[2], [9], [7]]), 2, tf.constant(before))
+        after = slots.write(tf.constant(before), numbers(6, 1, 5, seed=2)).numpy()
     np.testing.assert_array_equal(np.delete(after[:2], 2, 1), np.delete(before[:2], 2, 1))
     np.testing.assert_array_equal(after[2:, :-1], before[2:, :-1])
 

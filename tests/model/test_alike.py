@@ -9,7 +9,7 @@ import tensorflow as tf
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer
+from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, slots_at
 from tf_gpt2.generation.generate import generate
 from tf_gpt2.generation.loop import read_prompts
 from tf_gpt2.model.alike import are_alike, call_alike
@@ -47,8 +47,9 @@ def draw(*shape, seed=0):
 def make_caches(kind, n_rows):
     if kind == "prefill":
         return [PrefillLayer() for _ in range(4)]
-    slots = DecodeSlots.at(tf.range(n_rows)[:, None] + 5, 3, 10)
-    return [DecodeLayer(draw(3 * n_rows, 10, 4, seed=i), draw(3 * n_rows, 10, 4, seed=i + 9), slots) for i in range(4)]
+    parts = [(draw(3 * n_rows, 10, 4, seed=i), draw(3 * n_rows, 10, 4, seed=i + 9)) for i in range(4)]
+    slots = slots_at(tf.range(n_rows)[:, None] + 5, 3, parts[0][0])
+    return [DecodeLayer(keys, values, slots) for keys, values in parts]
 
 
 def one_by_one(blocks, x, caches):

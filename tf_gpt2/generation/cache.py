@@ -34,28 +34,65 @@ class PrefillLayer:
         return k, v, causal_mask(shape_of(k)[1])
 
 
-class DecodeSlots(NamedTuple):
+class Slots(NamedTuple):
     """Where each row's new entries go and what each of them may see: the same for all blocks.
 
     Attributes:
-        slots: int32 (B*H, T, 2), row and position; in a plain loop int32 (B*H*T,), places in the cache as one list.
+        places: int32 (B*H, T, 2), row and position.
         mask: bool (B*H, T, S), false behind the position.
     """
 
-    slots: tf.Tensor
+    places: tf.Tensor
     mask: tf.Tensor
 
     @classmethod
-    def at(cls, positions: tf.Tensor, n_head: int, n_slots: int | tf.Tensor) -> DecodeSlots:
-        """Makes them from positions, int32 (B, T), for a cache (B*H, S, D)."""
-        n_tokens = shape_of(positions)[1]
-        positions = tf.reshape(tf.tile(positions[:, None], (1, n_head, 1)), (-1, n_tokens))  # (B*H, T)
-        mask = tf.range(n_slots) <= positions[..., None]  # (B*H, T, S)
-        rows = tf.range(shape_of(positions)[0])[:, None]  # (B*H, 1)
-        if is_plain():
-            places = rows * n_slots + tf.minimum(positions, n_slots - 1)
-            return cls(slots=tf.reshape(places, [-1]), mask=mask)
-        return cls(slots=tf.stack([tf.broadcast_to(rows, shape_of(positions)), positions], axis=-1), mask=mask)
+    def at(cls, positions: tf.Tensor, mask: tf.Tensor, like: tf.Tensor) -> Slots:
+        """Makes them for positions, int32 (B*H, T), in parts ``like`` this, (B*H, S, D)."""
+        rows = tf.broadcast_to(tf.range(shape_of(like)[0])[:, None], shape_of(positions))
+        return cls(tf.stack([rows, positions], axis=-1), mask)
+
+    def write(self, part: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+        """Writes entries, (B*H, T, D), into keys or values, (B*H, S, D)."""
+        return tf.tensor_scatter_nd_update(part, self.places, new)
+
+
+class SlotsInPlace(NamedTuple):
+    """As ``Slots``, where XLA does not compile: TensorFlow is told to write in place, and would copy the whole else.
+
+    Attributes:
+        places: int32 (B*H*T,), in the cache as one list of entries.
+        mask: bool (B*H, T, S).
+        shape: int32 (3,), of keys or values.
+    """
+
+    places: tf.Tensor
+    mask: tf.Tensor
+    shape: tf.Tensor
+
+    @classmethod
+    def at(cls, positions: tf.Tensor, mask: tf.Tensor, like: tf.Tensor) -> SlotsInPlace:
+        """Makes them for positions, int32 (B*H, T), in parts ``like`` this, (B*H, S, D)."""
+        n_rows, n_slots, _ = shape_of(like)
+        firsts = tf.expand_dims(tf.range(n_rows) * n_slots, 1)  # (B*H, 1)
+        places = firsts + tf.minimum(positions, n_slots - 1)  # behind a row's last place is the next row's first
+        return cls(tf.reshape(places, [-1]), mask, tf.shape(like))
+
+    def write(self, part: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+        """Writes entries, (B*H, T, D), into the memory of keys or values, (B*H, S, D).
+
+        Whoever else holds it sees it change: a loop must have it alone, see ``as_plain_loop``.
+        """
+        entries, new = (tf.reshape(x, (-1, part.shape[-1])) for x in (part, new))  # (B*H*S, D), (B*H*T, D)
+        written = tf.reshape(tf.raw_ops.InplaceUpdate(x=entries, i=self.places, v=new), self.shape)
+        written.set_shape(part.shape)
+        return written
+
+
+def slots_at(positions: tf.Tensor, n_head: int, like: tf.Tensor) -> Slots | SlotsInPlace:
+    """Gives the slots for positions, int32 (B, T), in keys or values ``like`` this, (B*H, S, D)."""
+    positions = tf.reshape(tf.tile(positions, (1, n_head)), (-1, shape_of(positions)[1]))  # (B*H, T)
+    mask = tf.range(shape_of(like)[1]) <= tf.expand_dims(positions, -1)  # (B*H, T, S)
+    return (SlotsInPlace if is_plain() else Slots).at(positions, mask, like)
 
 
 class DecodeLayer:
@@ -67,27 +104,16 @@ class DecodeLayer:
         slots: where the new entries go; what lies behind is not attended to.
     """
 
-    def __init__(self, keys: tf.Tensor, values: tf.Tensor, slots: DecodeSlots):
+    def __init__(self, keys: tf.Tensor, values: tf.Tensor, slots: Slots | SlotsInPlace):
         self.keys = keys
         self.values = values
         self.slots = slots
 
     def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Writes keys and values (B*H, T, D) into their slots; gives the whole cache and the mask (B*H, T, S)."""
-        slots, mask = self.slots
-        self.keys, self.values = write(self.keys, slots, k), write(self.values, slots, v)
-        return self.keys, self.values, mask
-
-
-def write(part: tf.Tensor, slots: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
-    """Writes entries, (B*H, T, D), into slots of keys or values, (B*H, S, D); see ``DecodeSlots``."""
-    new = tf.cast(new, part.dtype)
-    if not is_plain():
-        return tf.tensor_scatter_nd_update(part, slots, new)
-    shape, width = shape_of(part), part.shape[-1]
-    entries, new = (tf.reshape(x, (-1, width)) for x in (part, new))  # (B*H*S, D), (B*H*T, D)
-    # whoever else holds this memory sees it change: a loop must have it alone, see ``as_plain_loop``
-    return tf.reshape(tf.raw_ops.InplaceUpdate(x=entries, i=slots, v=new), shape)
+        k, v = tf.cast(k, self.keys.dtype), tf.cast(v, self.values.dtype)
+        self.keys, self.values = self.slots.write(self.keys, k), self.slots.write(self.values, v)
+        return self.keys, self.values, self.slots.mask
 
 
 def for_samples(rows: tf.Tensor, n_samples: int) -> tf.Tensor:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.cache import DecodeLayer, DecodeSlots, PrefillLayer, for_samples, repeat_heads, with_room
+from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, for_samples, repeat_heads, slots_at, with_room
 from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import Sampling, choose
+from tf_gpt2.generation.sampling import Sampling, asks_for_more, choose
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.loops import plain_loop
+from tf_gpt2.model.loops import is_plain, plain_loop
 from tf_gpt2.model.products import shape_of
 
 SMALLEST_BUCKET = 16
@@ -116,12 +116,13 @@ def read_prompts(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, list[Pref
 
 def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
     """Appends up to ``n_steps`` tokens to each row; stops early when no row goes on."""
+    asks = asks_for_more(sampling) if is_plain() else None
 
     def goes_on(step: tf.Tensor, state: State) -> tf.Tensor:
         return (step < n_steps) & tf.reduce_any(is_active(state, limits))
 
     def body(step: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
-        return step + 1, decode_step(model, state, sampling, limits)
+        return step + 1, decode_step(model, state, sampling, limits, asks)
 
     return tf.while_loop(goes_on, body, (tf.constant(0), state))[1]
 
@@ -141,13 +142,15 @@ def as_plain_loop(loop: Callable[..., Any]) -> Callable[..., Any]:
     return in_plain_loop
 
 
-def decode_step(model: GPT2Model, state: State, sampling: Sampling, limits: Limits) -> State:
-    """Feeds each row's last token and appends the next one."""
+def decode_step(
+    model: GPT2Model, state: State, sampling: Sampling, limits: Limits, asks: tf.Tensor | None = None
+) -> State:
+    """Feeds each row's last token and appends the next one; ``asks`` as in ``choose``."""
     positions = state.lengths - 1  # (B,)
     last = tf.gather(state.ids, positions, batch_dims=1)  # (B,)
     logits, cache = feed(model, last, positions, state.keys, state.values)
     state = state._replace(keys=tuple(layer.keys for layer in cache), values=tuple(layer.values for layer in cache))
-    return append(state, logits, sampling, limits)
+    return append(state, logits, sampling, limits, asks)
 
 
 def feed(
@@ -184,15 +187,15 @@ def feed_several(
     Returns:
         What comes before the logits, (B, T, C), and the longer cache.
     """
-    slots = DecodeSlots.at(positions, model.config.n_head, shape_of(keys[0])[1])
+    slots = slots_at(positions, model.config.n_head, keys[0])
     cache = [DecodeLayer(k, v, slots) for k, v in zip(keys, values, strict=True)]
     return model.hidden_states(ids, positions=positions, cache=cache), cache  # (B, T, C)
 
 
-def append(state: State, logits: tf.Tensor, sampling: Sampling, limits: Limits) -> State:
-    """Chooses from ``logits`` (B, V) and puts the ids behind the rows that go on."""
+def append(state: State, logits: tf.Tensor, sampling: Sampling, limits: Limits, asks: tf.Tensor | None = None) -> State:
+    """Chooses from ``logits`` (B, V) and puts the ids behind the rows that go on; ``asks`` as in ``choose``."""
     history = History(state.ids, state.lengths, state.prompt_lengths - sampling.n_new)
-    chosen = choose(logits, sampling, history, limits.stop_ids)  # (B,)
+    chosen = choose(logits, sampling, history, limits.stop_ids, asks)  # (B,)
     log_total = tf.reduce_logsumexp(logits, axis=-1)  # (B,)
     logprobs = tf.gather(logits, chosen, batch_dims=1) - log_total
     active = is_active(state, limits)

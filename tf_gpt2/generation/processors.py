@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tf_gpt2.model.loops import as_one_node
 from tf_gpt2.model.products import shape_of
 
 
@@ -51,6 +52,14 @@ class Processing(NamedTuple):
     min_new_tokens: tf.Tensor
 
 
+def asks_for_processing(processing: Processing) -> tf.Tensor:
+    """Says whether any row may ever ask for it: bool ()."""
+    p = processing
+    penalties = (p.repetition_penalty != 1) | (p.presence_penalty != 0) | (p.frequency_penalty != 0)
+    bans = (p.no_repeat_ngram_size > 0) | (p.min_new_tokens > 0)
+    return tf.reduce_any(penalties | bans) | tf.reduce_any(p.bad_words >= 0) | tf.reduce_any(p.bias != 0)
+
+
 def process(logits: tf.Tensor, processing: Processing, history: History, stop_ids: tf.Tensor) -> tf.Tensor:
     """Applies bias, penalties and bans to float32 (B, V); what is banned becomes -inf.
 
@@ -77,7 +86,7 @@ def process(logits: tf.Tensor, processing: Processing, history: History, stop_id
         is_left = tf.reduce_max(processed, axis=-1, keepdims=True) > -float("inf")
         return tf.where(is_left, processed, logits)
 
-    return tf.cond(is_used, apply_all, lambda: logits)
+    return tf.cond(is_used, as_one_node(apply_all), lambda: logits)
 
 
 def apply_if(is_used: tf.Tensor, step: Callable[..., tf.Tensor], logits: tf.Tensor, *settings: Any) -> tf.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -65,6 +65,17 @@ def plain_loop(weights: Iterable[tf.Variable]) -> contextlib.AbstractContextMana
     return inside(
         Loop(is_compiled=False, copies={id(w): tf.cast(w, tf.float32) for w in weights if w.dtype == tf.int8})
     )
+
+
+def as_one_node(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
+    """Gives a branch of ``tf.cond`` that costs next to nothing where it is not taken.
+
+    Outside of XLA TensorFlow makes one graph of both branches, and each node of the one that is not taken is told that
+    there is nothing to do, loops within it too. A function that is not inlined is one node.
+    """
+    if not is_plain():
+        return branch
+    return tf.function(branch, autograph=False, experimental_attributes={"_noinline": True})
 
 
 def copy_of(weight: Any) -> tf.Tensor | None:
