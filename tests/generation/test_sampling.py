@@ -1,5 +1,7 @@
 """Choosing the next id: the filters against sorting, the frequencies against the exact probabilities."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,8 +11,9 @@ from reference import kept_by_min_p, kept_by_top_k, kept_by_top_p, kept_by_typic
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import choose, filter_logits
+from tf_gpt2.generation.sampling import choose, filter_logits, first_largest
 from tf_gpt2.generation.settings import make_sampling
+from tf_gpt2.model.loops import plain_loop
 
 INF = float("inf")
 # few different values, so that there are many ties
@@ -295,9 +298,23 @@ def test_temperatures_down_to_zero_take_the_likeliest(shift, temperature):
     assert drawn(shift + np.array([0.0, 5.0, 9.0, 2.0]), 50, temperature=temperature).tolist() == [2] * 50
 
 
-def test_of_equals_the_lowest_id_is_taken():
+LOOPS = {"none": contextlib.nullcontext, "plain": lambda: plain_loop([])}
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_of_equals_the_lowest_id_is_taken(loop):
     rows = tf.constant([[1, 3, 3, 3], [2, 2, 2, 2], [-INF, -INF, 0, 0], [-0.0, 0.0, 0.0, -0.0]], tf.float32)
-    assert choose_at(rows, settings_of(4, temperature=0), tf.zeros(4, tf.int32)).numpy().tolist() == [1, 0, 2, 0]
+    with loop():
+        assert choose_at(rows, settings_of(4, temperature=0), tf.zeros(4, tf.int32)).numpy().tolist() == [1, 0, 2, 0]
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("n_rows", [1, 3, 64])
+def test_of_equals_in_many_the_lowest_id_is_taken(loop, n_rows):
+    rng = np.random.default_rng(n_rows)
+    rows = rng.integers(0, 50, (n_rows, 50257)).astype(np.float32)
+    with loop():
+        np.testing.assert_array_equal(first_largest(tf.constant(rows)), rows.argmax(axis=1))
 
 
 def test_greedy_rows_among_random_ones_ignore_the_filters():
