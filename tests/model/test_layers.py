@@ -20,6 +20,7 @@ from tf_gpt2.model.products import (
     product,
     small_product,
     softmax,
+    swap_middle,
 )
 
 C, H = 12, 3
@@ -135,6 +136,25 @@ def test_a_plain_loop_keeps_rows_apart():
         beside = product(x, w).numpy()
     assert np.array_equal(beside[[0, 2]], alone[[0, 2]])
     assert np.isnan(beside[1]).all()
+
+
+@pytest.mark.parametrize("n_out", [50, LARGE // 512])
+def test_without_copies_a_plain_loop_multiplies_by_8_bits_too(n_out):
+    x, w = inputs(3, 512), tf.Variable(np.random.default_rng(1).integers(-127, 128, (n_out, 512)).astype(np.int8))
+    scale = inputs(n_out, seed=2)
+    with plain_loop([]):
+        found = tf.function(lambda x: product(x, w, scale))(x).numpy()
+    assert found == pytest.approx(x @ (w.numpy() * scale[:, None]).T, rel=1e-4, abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 1, 1, 1), (0, 3, 4, 5), (None, None, 4, 5)])
+def test_a_plain_loop_swaps_heads_and_positions_as_elsewhere(shape, dtype):
+    x = tf.cast(inputs(*(size if size is not None else 3 for size in shape)), dtype)
+    with plain_loop([]):
+        found = tf.function(lambda x: swap_middle(x), input_signature=[tf.TensorSpec(shape, dtype)])(x)
+    assert found.dtype == x.dtype
+    np.testing.assert_array_equal(tf.cast(found, tf.float32), tf.cast(x, tf.float32).numpy().transpose(0, 2, 1, 3))
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])

@@ -16,9 +16,9 @@ import tensorflow as tf
 
 from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, for_samples, repeat_heads, slots_at, with_room
 from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import Sampling, asks_for_more, choose
+from tf_gpt2.generation.sampling import Sampling, asks_for_more, choose, first_largest
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.loops import is_plain, plain_loop
+from tf_gpt2.model.loops import as_one_node, is_plain, plain_loop
 from tf_gpt2.model.products import shape_of
 
 SMALLEST_BUCKET = 16
@@ -116,15 +116,26 @@ def read_prompts(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, list[Pref
 
 def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
     """Appends up to ``n_steps`` tokens to each row; stops early when no row goes on."""
-    asks = asks_for_more(sampling) if is_plain() else None
+    if not is_plain():
+        return decode_with(model, state, sampling, limits, n_steps)
+    # what is carried through a loop costs at each step outside of XLA: greedy rows get a loop without the options
+    return tf.cond(
+        asks_for_more(sampling),
+        as_one_node(lambda: decode_with(model, state, sampling, limits, n_steps)),
+        as_one_node(lambda: decode_with(model, state, None, limits, n_steps)),
+    )
 
-    def goes_on(step: tf.Tensor, state: State) -> tf.Tensor:
-        return (step < n_steps) & tf.reduce_any(is_active(state, limits))
 
-    def body(step: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
-        return step + 1, decode_step(model, state, sampling, limits, asks)
+def decode_with(model: GPT2Model, state: State, sampling: Sampling | None, limits: Limits, n_steps: tf.Tensor) -> State:
+    """Decodes; without ``sampling`` the likeliest tokens."""
 
-    return tf.while_loop(goes_on, body, (tf.constant(0), state))[1]
+    def goes_on(state: State) -> tf.Tensor:
+        return tf.reduce_any(is_active(state, limits))
+
+    def body(state: State) -> tuple[State]:
+        return (decode_step(model, state, sampling, limits),)
+
+    return tf.while_loop(goes_on, body, (state,), maximum_iterations=n_steps)[0]
 
 
 def as_plain_loop(loop: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,15 +153,24 @@ def as_plain_loop(loop: Callable[..., Any]) -> Callable[..., Any]:
     return in_plain_loop
 
 
-def decode_step(
-    model: GPT2Model, state: State, sampling: Sampling, limits: Limits, asks: tf.Tensor | None = None
-) -> State:
-    """Feeds each row's last token and appends the next one; ``asks`` as in ``choose``."""
+def as_plain_prefill(prefill: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives ``prefill``, or another that reads prompts, as it is fastest without XLA: as the body of a plain loop."""
+
+    @functools.wraps(prefill)
+    def plain_prefill(*args: Any) -> Any:
+        with plain_loop([]):
+            return prefill(*args)
+
+    return plain_prefill
+
+
+def decode_step(model: GPT2Model, state: State, sampling: Sampling | None, limits: Limits) -> State:
+    """Feeds each row's last token and appends the next one."""
     positions = state.lengths - 1  # (B,)
     last = tf.gather(state.ids, positions, batch_dims=1)  # (B,)
     logits, cache = feed(model, last, positions, state.keys, state.values)
     state = state._replace(keys=tuple(layer.keys for layer in cache), values=tuple(layer.values for layer in cache))
-    return append(state, logits, sampling, limits, asks)
+    return append(state, logits, sampling, limits)
 
 
 def feed(
@@ -192,10 +212,13 @@ def feed_several(
     return model.hidden_states(ids, positions=positions, cache=cache), cache  # (B, T, C)
 
 
-def append(state: State, logits: tf.Tensor, sampling: Sampling, limits: Limits, asks: tf.Tensor | None = None) -> State:
-    """Chooses from ``logits`` (B, V) and puts the ids behind the rows that go on; ``asks`` as in ``choose``."""
-    history = History(state.ids, state.lengths, state.prompt_lengths - sampling.n_new)
-    chosen = choose(logits, sampling, history, limits.stop_ids, asks)  # (B,)
+def append(state: State, logits: tf.Tensor, sampling: Sampling | None, limits: Limits) -> State:
+    """Chooses from ``logits`` (B, V) and puts the ids behind the rows that go on."""
+    if sampling is None:
+        chosen = first_largest(logits)  # (B,)
+    else:
+        history = History(state.ids, state.lengths, state.prompt_lengths - sampling.n_new)
+        chosen = choose(logits, sampling, history, limits.stop_ids)  # (B,)
     log_total = tf.reduce_logsumexp(logits, axis=-1)  # (B,)
     logprobs = tf.gather(logits, chosen, batch_dims=1) - log_total
     active = is_active(state, limits)

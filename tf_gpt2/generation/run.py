@@ -13,7 +13,17 @@ import tensorflow as tf
 
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.compiled import Compiled, once_per_model
-from tf_gpt2.generation.loop import Limits, State, as_plain_loop, cache_sizes, decode, grow, is_active, prefill
+from tf_gpt2.generation.loop import (
+    Limits,
+    State,
+    as_plain_loop,
+    as_plain_prefill,
+    cache_sizes,
+    decode,
+    grow,
+    is_active,
+    prefill,
+)
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.transposed import CompiledOverCopies
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -131,7 +141,8 @@ class CompiledLoop:
         prefill: Callable[..., Any] = prefill,
         decode: Callable[..., Any] = decode,
     ):
-        self.prefill = Compiled(prefill, model, jit_compile=jit_compile)
+        how_to_read = prefill if jit_compile else as_plain_prefill(prefill)
+        self.prefill = Compiled(how_to_read, model, jit_compile=jit_compile)
         self.decode = (
             CompiledOverCopies(decode, model)
             if jit_compile

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tf_gpt2.generation.processors import History, Processing, apply_if, asks_for_processing, process
 from tf_gpt2.generation.random import gumbel
-from tf_gpt2.model.loops import as_one_node, is_plain
+from tf_gpt2.model.loops import is_plain
 
 FILTERS = TOP_K, TOP_P, TYPICAL_P = range(3)
 """What is kept of the vocabulary, in the order in which it applies; min-p is a comparison and comes before the last."""
@@ -52,9 +52,7 @@ def asks_for_more(sampling: Sampling) -> tf.Tensor:
     return tf.reduce_any(sampling.temperature > 0) | asks_for_processing(sampling.processing)
 
 
-def choose(
-    logits: tf.Tensor, sampling: Sampling, history: History, stop_ids: tf.Tensor, asks: tf.Tensor | None = None
-) -> tf.Tensor:
+def choose(logits: tf.Tensor, sampling: Sampling, history: History, stop_ids: tf.Tensor) -> tf.Tensor:
     """Chooses one id per row.
 
     The random numbers depend on the seed and the whole text's length only, so a row draws the same alone, in a batch,
@@ -65,14 +63,10 @@ def choose(
         sampling: the settings.
         history: what the rows have said.
         stop_ids: int32 (K,), -1 for none.
-        asks: what ``asks_for_more`` gives, from a loop that XLA does not compile and that knows it beforehand.
 
     Returns:
         int32 (B,).
     """
-    if asks is not None:
-        as_asked = as_one_node(lambda: choose(logits, sampling, history, stop_ids))
-        return tf.cond(asks, as_asked, lambda: first_largest(logits))
     logits = process(logits, sampling.processing, history, stop_ids)
     likeliest = first_largest(logits)
     is_random = sampling.temperature > 0

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tf_gpt2.checkpoint.params import Tree
 from tf_gpt2.config import LAYER_NORM_EPS
 from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, value_of
-from tf_gpt2.model.products import gelu, normalize, product, shape_again, shape_of, small_product, softmax
+from tf_gpt2.model.products import gelu, normalize, product, shape_again, shape_of, small_product, softmax, swap_middle
 
 INIT_STDDEV = 0.02
 """Standard deviation of fresh weights. Source: openai/gpt-2, ``src/model.py``, ``conv1d``."""
@@ -177,7 +177,7 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
             return tf.reshape(x, (-1, 1, head_width))  # (B*H, 1, D)
         n_positions = shape_of(x)[1]
         x = tf.reshape(x, (-1, n_positions, self.n_head, head_width))  # (B, T, H, D)
-        return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (-1, n_positions, head_width))  # (B*H, T, D)
+        return tf.reshape(swap_middle(x), (-1, n_positions, head_width))  # (B*H, T, D)
 
     def merge_heads(self, x: tf.Tensor, shape: list[int | tf.Tensor]) -> tf.Tensor:
         """Takes (B*H, T, D) back to ``shape``, (B, T, C)."""
@@ -185,7 +185,7 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
             return tf.reshape(x, shape)  # (B, 1, C)
         n_rows, n_positions, _ = shape
         x = tf.reshape(x, (n_rows, self.n_head, n_positions, self.n_embd // self.n_head))  # (B, H, T, D)
-        return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), shape)  # (B, T, C)
+        return tf.reshape(swap_middle(x), shape)  # (B, T, C)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Keeps the shape."""

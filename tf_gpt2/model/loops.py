@@ -32,7 +32,7 @@ def loop_around() -> Loop | None:
 
 
 def is_plain() -> bool:
-    """Says whether what is being traced is the body of a loop that XLA does not compile."""
+    """Says whether what is being traced is the body of a loop that XLA does not compile, or as one."""
     loop = loop_around()
     return loop is not None and not loop.is_compiled
 

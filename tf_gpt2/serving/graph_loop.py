@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, as_plain_loop, decode, grow, prefill
+from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, as_plain_loop, as_plain_prefill, decode, grow, prefill
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.scoring import chosen_logprobs
 from tf_gpt2.generation.transposed import over_copies
@@ -64,7 +64,7 @@ class GraphLoop:
     def __init__(self, model: GPT2Model, *, xla: bool):
         self.model = model
         self.xla = xla
-        self._prefill = self._function(prefill)
+        self._prefill = self._function(prefill if xla else as_plain_prefill(prefill))
         self._copies = CopiesInGraph(model) if xla else None
         self._decode = self._function(over_copies(decode) if xla else as_plain_loop(decode))
         self._logprobs = self._function(logprobs_at)
