@@ -141,7 +141,7 @@ def test_drafts_are_those_of_a_plain_search(rows, rest):
 
 
 def blank_state(config, ids, lengths):
-    from tf_gpt2.generation.loop import State
+    from tf_gpt2.generation.state import State
 
     lengths = tf.constant(lengths, tf.int32)
     cache = (tf.zeros((config.n_head * len(ids), ids.shape[1] - 1, 1)),)

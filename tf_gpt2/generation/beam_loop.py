@@ -16,8 +16,9 @@ import tensorflow as tf
 
 from tf_gpt2.generation.cache import with_room
 from tf_gpt2.generation.compiled import once_per_model
-from tf_gpt2.generation.loop import Limits, cache_sizes, feed, read_prompts
+from tf_gpt2.generation.loop import cache_sizes, feed, read_prompts
 from tf_gpt2.generation.run import CompiledLoop
+from tf_gpt2.generation.state import Limits
 from tf_gpt2.model.gpt2 import GPT2Model
 
 NONE = -float("inf")

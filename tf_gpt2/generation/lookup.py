@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.loop import Limits, State, decode_step, feed_several, is_active
+from tf_gpt2.generation.loop import decode_step, feed_several
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.sampling import Sampling, choose
+from tf_gpt2.generation.state import Limits, State, is_active
 from tf_gpt2.model.gpt2 import GPT2Model
 
 N_DRAFTED = 3

@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from tf_gpt2.generation.compiled import Compiled, once_per_model
 from tf_gpt2.generation.lookup import decode, scout, start
-from tf_gpt2.generation.loop import State
 from tf_gpt2.generation.run import Run
+from tf_gpt2.generation.state import State
 from tf_gpt2.generation.transposed import over_copies, transposed_of
 from tf_gpt2.model.gpt2 import GPT2Model
 

@@ -10,65 +10,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
 from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, for_samples, repeat_heads, slots_at, with_room
+from tf_gpt2.generation.greedy import decode_greedily, may_decode_greedily
 from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import Sampling, asks_for_more, choose, first_largest
+from tf_gpt2.generation.sampling import Sampling, asks_for_more, choose
+from tf_gpt2.generation.state import Limits, State, is_active
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.loops import as_one_node, is_plain, plain_loop
+from tf_gpt2.model.one_thread import on_processor
 from tf_gpt2.model.products import shape_of
 
 SMALLEST_BUCKET = 16
 SMALLEST_GROWING = 256
 """A cache of up to so many positions is made at its final size: attention to them costs less than compiling again."""
 GROWTH = 4
-
-
-class State(NamedTuple):
-    """What the loop carries.
-
-    Attributes:
-        ids: int32 (B, S + 2), prompt and new tokens: S that can be fed, and the last one. What lies past a row's length
-            means nothing; the last column is there for rows that are full and still write.
-        lengths: int32 (B,), tokens so far. The last one has not been fed to the model yet.
-        prompt_lengths: int32 (B,), how many of them are the prompt's.
-        logprobs: float32 (B, S + 2), of each new token under the unmodified model, at its place in ``ids``.
-        top_ids: int32 (B, S + 2, K), what the unmodified model finds likeliest there, the likeliest first.
-        top_logprobs: float32 (B, S + 2, K), of these.
-        stopped: bool (B,), whether the row chose a stop id, which is not counted in ``lengths``.
-        keys: per block (B*H, S, D).
-        values: per block (B*H, S, D).
-    """
-
-    ids: tf.Tensor
-    lengths: tf.Tensor
-    prompt_lengths: tf.Tensor
-    logprobs: tf.Tensor
-    top_ids: tf.Tensor
-    top_logprobs: tf.Tensor
-    stopped: tf.Tensor
-    keys: tuple[tf.Tensor, ...]
-    values: tuple[tf.Tensor, ...]
-
-    @property
-    def n_slots(self) -> int:
-        """S, how many positions the cache has room for."""
-        return self.keys[0].shape[1]
-
-
-class Limits(NamedTuple):
-    """When rows end.
-
-    Attributes:
-        lengths: int32 (B,), the most tokens a row may have, its prompt included.
-        stop_ids: int32 (K,), -1 for none.
-    """
-
-    lengths: tf.Tensor
-    stop_ids: tf.Tensor
 
 
 def prefill(
@@ -116,18 +75,21 @@ def read_prompts(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, list[Pref
 
 def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
     """Appends up to ``n_steps`` tokens to each row; stops early when no row goes on."""
-    if not is_plain():
+
+    def decode_anywhere() -> State:
         return decode_with(model, state, sampling, limits, n_steps)
-    # what is carried through a loop costs at each step outside of XLA: greedy rows get a loop without the options
+
+    if not (is_plain() and may_decode_greedily(model, state)):
+        return decode_anywhere()
     return tf.cond(
-        asks_for_more(sampling),
-        as_one_node(lambda: decode_with(model, state, sampling, limits, n_steps)),
-        as_one_node(lambda: decode_with(model, state, None, limits, n_steps)),
+        on_processor() & ~asks_for_more(sampling),
+        as_one_node(lambda: decode_greedily(model, state, limits, n_steps)),
+        as_one_node(decode_anywhere),
     )
 
 
-def decode_with(model: GPT2Model, state: State, sampling: Sampling | None, limits: Limits, n_steps: tf.Tensor) -> State:
-    """Decodes; without ``sampling`` the likeliest tokens."""
+def decode_with(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
+    """Decodes, wherever it runs."""
 
     def goes_on(state: State) -> tf.Tensor:
         return tf.reduce_any(is_active(state, limits))
@@ -164,7 +126,7 @@ def as_plain_prefill(prefill: Callable[..., Any]) -> Callable[..., Any]:
     return plain_prefill
 
 
-def decode_step(model: GPT2Model, state: State, sampling: Sampling | None, limits: Limits) -> State:
+def decode_step(model: GPT2Model, state: State, sampling: Sampling, limits: Limits) -> State:
     """Feeds each row's last token and appends the next one."""
     positions = state.lengths - 1  # (B,)
     last = tf.gather(state.ids, positions, batch_dims=1)  # (B,)
@@ -212,13 +174,10 @@ def feed_several(
     return model.hidden_states(ids, positions=positions, cache=cache), cache  # (B, T, C)
 
 
-def append(state: State, logits: tf.Tensor, sampling: Sampling | None, limits: Limits) -> State:
+def append(state: State, logits: tf.Tensor, sampling: Sampling, limits: Limits) -> State:
     """Chooses from ``logits`` (B, V) and puts the ids behind the rows that go on."""
-    if sampling is None:
-        chosen = first_largest(logits)  # (B,)
-    else:
-        history = History(state.ids, state.lengths, state.prompt_lengths - sampling.n_new)
-        chosen = choose(logits, sampling, history, limits.stop_ids)  # (B,)
+    history = History(state.ids, state.lengths, state.prompt_lengths - sampling.n_new)
+    chosen = choose(logits, sampling, history, limits.stop_ids)  # (B,)
     log_total = tf.reduce_logsumexp(logits, axis=-1)  # (B,)
     logprobs = tf.gather(logits, chosen, batch_dims=1) - log_total
     active = is_active(state, limits)
@@ -244,11 +203,6 @@ def append_top(state: State, logits: tf.Tensor, log_total: tf.Tensor, slots: tf.
         top_ids=tf.tensor_scatter_nd_update(state.top_ids, slots, top_ids),
         top_logprobs=tf.tensor_scatter_nd_update(state.top_logprobs, slots, top_logits - log_total[:, None]),
     )
-
-
-def is_active(state: State, limits: Limits) -> tf.Tensor:
-    """Says which rows still want a token: bool (B,)."""
-    return ~state.stopped & (state.lengths < limits.lengths)
 
 
 def bucket(length: int, n_ctx: int) -> int:

@@ -13,18 +13,9 @@ import tensorflow as tf
 
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.compiled import Compiled, once_per_model
-from tf_gpt2.generation.loop import (
-    Limits,
-    State,
-    as_plain_loop,
-    as_plain_prefill,
-    cache_sizes,
-    decode,
-    grow,
-    is_active,
-    prefill,
-)
+from tf_gpt2.generation.loop import as_plain_loop, as_plain_prefill, cache_sizes, decode, grow, prefill
 from tf_gpt2.generation.sampling import Sampling
+from tf_gpt2.generation.state import Limits, State, is_active
 from tf_gpt2.generation.transposed import CompiledOverCopies
 from tf_gpt2.model.gpt2 import GPT2Model
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.compiled import Compiled, once_per_model
 from tf_gpt2.generation.generate import in_pieces
-from tf_gpt2.generation.loop import Limits, State, cache_sizes, feed_several, grow
+from tf_gpt2.generation.loop import cache_sizes, feed_several, grow
 from tf_gpt2.generation.prompts import pad
 from tf_gpt2.generation.run import Run
 from tf_gpt2.generation.sampling import Sampling
@@ -26,6 +26,7 @@ from tf_gpt2.generation.settings import (
     make_limits,
     make_sampling,
 )
+from tf_gpt2.generation.state import Limits, State
 from tf_gpt2.model.gpt2 import GPT2Model
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.generation.lookup_run import LookupRun, is_large_enough
-from tf_gpt2.generation.loop import Limits, State
 from tf_gpt2.generation.prompts import SLIDE, pad, pad_rows, window_start
 from tf_gpt2.generation.run import Run
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.settings import LARGEST_INT
+from tf_gpt2.generation.state import Limits, State
 from tf_gpt2.model.gpt2 import GPT2Model
 
 

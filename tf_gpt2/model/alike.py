@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from tf_gpt2.model.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
-from tf_gpt2.model.loops import copy_of, with_copies
+from tf_gpt2.model.loops import copy_of, value_in_loop, with_copies
 
 OWN = {Block, CausalSelfAttention, MLP, LayerNorm, Linear, keras.layers.Dropout}
 WRAPPED_BY_KERAS = {"build", "quantize"}
@@ -39,9 +39,7 @@ def call_alike(layers: Sequence[keras.Layer], x: tf.Tensor, caches: Sequence[Any
 
     for layer, cache in zip(layers, caches, strict=True):
         weights = values_of(layer)
-        x, attributes = call_one(
-            [tf.convert_to_tensor(w) for w in weights], [copy_of(w) for w in weights], x, vars(cache)
-        )
+        x, attributes = call_one([value_in_loop(w) for w in weights], [copy_of(w) for w in weights], x, vars(cache))
         vars(cache).update(attributes)
     return x
 
@@ -77,8 +75,22 @@ def traits(layer: keras.Layer) -> Any:
     """
     if type(layer) not in OWN:
         return layer
-    own = vars(layer)
-    overridden = {name: own[name] for name in own.keys() & vars(type(layer)).keys() - WRAPPED_BY_KERAS}
-    parts = {name: traits(part) for name, part in own.items() if isinstance(part, keras.Layer)}
+    parts = {name: traits(part) for name, part in parts_of(layer).items()}
     settings = {**layer.get_config(), "name": None}
-    return type(layer), settings, overridden, parts, [(w.shape, w.dtype) for w in layer.variables]
+    return type(layer), settings, overridden(layer), parts, [(w.shape, w.dtype) for w in layer.variables]
+
+
+def is_own(layer: keras.Layer) -> bool:
+    """Says whether a layer, with its parts, is the package's own and nobody has changed what it does."""
+    return type(layer) in OWN and not overridden(layer) and all(map(is_own, parts_of(layer).values()))
+
+
+def overridden(layer: keras.Layer) -> dict[str, Any]:
+    """Gives the attributes that hide some of the layer's class, by name."""
+    own = vars(layer)
+    return {name: own[name] for name in own.keys() & vars(type(layer)).keys() - WRAPPED_BY_KERAS}
+
+
+def parts_of(layer: keras.Layer) -> dict[str, keras.Layer]:
+    """Gives the layers that are attributes of a layer, by name."""
+    return {name: part for name, part in vars(layer).items() if isinstance(part, keras.Layer)}

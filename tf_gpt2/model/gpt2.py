@@ -19,6 +19,7 @@ from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.model.alike import are_alike, call_alike, hold_tensors
 from tf_gpt2.model.layers import Block, LayerCache, LayerNorm
+from tf_gpt2.model.loops import value_in_loop
 from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, blank_weights, normal, value_of
 from tf_gpt2.model.products import product, shape_of
 
@@ -131,13 +132,13 @@ class GPT2Model(ParamTree, keras.Model):
         """Runs embeddings, blocks and the last layer norm; does not check the ids.
 
         Args:
-            ids: integers (B, T).
-            positions: integers (B, T), the place of each id in its sequence; 0, 1, … by default.
+            ids: integers (B, T); with positions and a cache also (B,), one of each row.
+            positions: integers of the same shape, the place of each id in its sequence; 0, 1, … by default.
             cache: one ``LayerCache`` per block, or ``None``.
             training: switches dropout on.
 
         Returns:
-            Floats (B, T, C) in the compute dtype.
+            Floats (B, T, C), or (B, C), in the compute dtype.
         """
         if positions is None:
             positions = tf.range(shape_of(ids)[1])[None]  # (1, T)
@@ -214,7 +215,7 @@ class GPT2Model(ParamTree, keras.Model):
 
 def read(variable: keras.Variable) -> tf.Tensor:
     """Gives what a variable holds; once rows are gathered from the variable itself, each later read is a copy."""
-    return tf.convert_to_tensor(variable.value)
+    return value_in_loop(variable.value)
 
 
 def gather_bits(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:

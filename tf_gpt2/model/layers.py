@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree
 from tf_gpt2.config import LAYER_NORM_EPS
+from tf_gpt2.model.loops import value_in_loop
 from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, value_of
 from tf_gpt2.model.products import gelu, normalize, product, shape_again, shape_of, small_product, softmax, swap_middle
 
@@ -103,7 +104,7 @@ class LayerNorm(ParamTree, keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Normalizes in float32, returns the compute dtype."""
-        g, b = tf.cast(self.g, tf.float32), tf.cast(self.b, tf.float32)
+        g, b = (tf.cast(value_in_loop(w.value), tf.float32) for w in (self.g, self.b))
         return tf.cast(normalize(tf.cast(x, tf.float32), g, b, eps=LAYER_NORM_EPS), self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
@@ -126,7 +127,7 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         quantization: as in ``Linear``.
 
     Call arguments:
-        x: floats (B, T, C) -> (B, T, C).
+        x: floats (B, T, C) -> (B, T, C); with a cache also (B, C), one position of each row.
         cache: ``LayerCache`` of earlier keys and values; ``None`` attends within ``x``.
     """
 
@@ -171,18 +172,18 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         return softmax(tf.where(mask, scores, tf.float32.min))
 
     def split_heads(self, x: tf.Tensor) -> tf.Tensor:
-        """Takes (B, T, C) to (B*H, T, D): three axes, because XLA updates a cache of three in place."""
+        """Takes (B, T, C) or (B, C) to (B*H, T, D): three axes, because XLA updates a cache of three in place."""
         head_width = self.n_embd // self.n_head
-        if x.shape[1] == 1:  # one position: the same order of numbers, so no transpose
+        if len(x.shape) == 2 or x.shape[1] == 1:  # one position: the same order of numbers, so no transpose
             return tf.reshape(x, (-1, 1, head_width))  # (B*H, 1, D)
         n_positions = shape_of(x)[1]
         x = tf.reshape(x, (-1, n_positions, self.n_head, head_width))  # (B, T, H, D)
         return tf.reshape(swap_middle(x), (-1, n_positions, head_width))  # (B*H, T, D)
 
     def merge_heads(self, x: tf.Tensor, shape: list[int | tf.Tensor]) -> tf.Tensor:
-        """Takes (B*H, T, D) back to ``shape``, (B, T, C)."""
+        """Takes (B*H, T, D) back to ``shape``, (B, T, C) or (B, C)."""
         if x.shape[1] == 1:
-            return tf.reshape(x, shape)  # (B, 1, C)
+            return tf.reshape(x, shape)
         n_rows, n_positions, _ = shape
         x = tf.reshape(x, (n_rows, self.n_head, n_positions, self.n_embd // self.n_head))  # (B, H, T, D)
         return tf.reshape(swap_middle(x), shape)  # (B, T, C)

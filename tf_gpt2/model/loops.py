@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -17,10 +18,12 @@ class Loop(NamedTuple):
         is_compiled: whether XLA compiles it.
         copies: of weights (n_out, n_in), by their ``id``, as the loop multiplies by them: where XLA compiles it,
             transposed ones, float32 (n_in, n_out), for several rows; where not, float32 ones of 8-bit weights.
+        values: what variables hold, by their ``id``, where that was read before the loop.
     """
 
     is_compiled: bool
     copies: Mapping[int, tf.Tensor]
+    values: Mapping[int, tf.Tensor] = MappingProxyType({})
 
 
 _loop: contextvars.ContextVar[Loop | None] = contextvars.ContextVar("loop", default=None)
@@ -65,6 +68,20 @@ def plain_loop(weights: Iterable[tf.Variable]) -> contextlib.AbstractContextMana
     return inside(
         Loop(is_compiled=False, copies={id(w): tf.cast(w, tf.float32) for w in weights if w.dtype == tf.int8})
     )
+
+
+def read_before_loop(variables: Iterable[tf.Variable]) -> contextlib.AbstractContextManager[None]:
+    """Reads variables here, once, and not at each step of the loop whose body is traced inside."""
+    loop = loop_around()
+    values = {id(variable): tf.convert_to_tensor(variable) for variable in variables}
+    return inside(loop and loop._replace(values=values))
+
+
+def value_in_loop(variable: Any) -> tf.Tensor:
+    """Gives what a variable holds: as read before the loop around, or read now."""
+    loop = loop_around()
+    value = loop.values.get(id(variable)) if loop else None
+    return tf.convert_to_tensor(variable) if value is None else value
 
 
 def as_one_node(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:

@@ -11,7 +11,7 @@ import math
 
 import tensorflow as tf
 
-from tf_gpt2.model.loops import copy_of, is_plain, loop_around
+from tf_gpt2.model.loops import copy_of, is_plain, loop_around, value_in_loop
 
 LARGE = 2**19
 """Numbers in a weight from which on ``plain_product`` puts it first."""
@@ -32,10 +32,11 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
         Floats (..., n_out), of the dtype of ``x``.
     """
     n_out, n_in = w.shape
-    rows = tf.reshape(x, (-1, n_in))
+    has_rows = len(x.shape) == 2
+    rows = x if has_rows else tf.reshape(x, (-1, n_in))
     loop, copy = loop_around(), copy_of(w)
     if is_plain():
-        y = plain_product(rows, w if copy is None else copy)
+        y = plain_product(rows, value_in_loop(w) if copy is None else copy)
     elif rows.shape[0] == 1:
         y = one_row_product(rows, w)
     elif loop and w.dtype == tf.int8 and rows.shape[0] in range(2, MOST_ROWS_APART + 1):
@@ -48,7 +49,7 @@ def product(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Te
     else:
         y = tf.matmul(rows, tf.cast(w, x.dtype), transpose_b=True)
     y = y if scale is None else y * tf.cast(scale, x.dtype)
-    return tf.reshape(y, (*shape_again(x)[:-1], n_out))
+    return y if has_rows else tf.reshape(y, (*shape_again(x)[:-1], n_out))
 
 
 def shape_of(x: tf.Tensor) -> list[int | tf.Tensor]:
@@ -115,9 +116,11 @@ def small_product(a: tf.Tensor, b: tf.Tensor, *, transpose_b: bool = False) -> t
 
 
 def softmax(x: tf.Tensor) -> tf.Tensor:
-    """Computes ``tf.nn.softmax``; of one row, (..., 1, n), without oneDNN too."""
+    """Computes ``tf.nn.softmax``; of one row, (..., 1, n), without oneDNN too, which has no kernel of its logarithm."""
     if x.shape[-2] != 1:
         return tf.nn.softmax(x)
+    if is_plain():
+        return tf.exp(tf.nn.log_softmax(x))
     powers = tf.exp(x - tf.reduce_max(x, axis=-1, keepdims=True))
     return powers / tf.reduce_sum(powers, axis=-1, keepdims=True)
 
@@ -154,10 +157,14 @@ def normalize(x: tf.Tensor, g: tf.Tensor, b: tf.Tensor, *, eps: float) -> tf.Ten
         b: float32 (C,), the bias.
         eps: added to the biased variance.
 
+    In a plain loop without the one division, which takes more operations.
+
     Source: Ba et al. 2016, "Layer Normalization".
     """
     mean = tf.reduce_mean(x, axis=-1, keepdims=True)
     centred = x - mean
+    if is_plain():
+        return centred * tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True) + eps) * g + b
     std = tf.sqrt(tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True) + eps)
     return (centred * g + b * std) / std
 
@@ -165,10 +172,15 @@ def normalize(x: tf.Tensor, g: tf.Tensor, b: tf.Tensor, *, eps: float) -> tf.Ten
 def gelu(x: tf.Tensor) -> tf.Tensor:
     """Computes gelu's tanh form, ``x / 2 * (1 + tanh(u))``, as the equal ``x / (1 + exp(-2 u))``; in float32.
 
+    In a plain loop with fewer operations.
+
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units"; openai/gpt-2, ``src/model.py``, ``gelu``.
     """
     dtype = x.dtype
     x = tf.cast(x, tf.float32)
-    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    slope = math.sqrt(2 / math.pi)
+    if is_plain():
+        return tf.cast(x * tf.sigmoid(x * (2 * slope + 2 * slope * 0.044715 * tf.square(x))), dtype)
+    u = slope * (x + 0.044715 * x * x * x)
     # Beyond 80 the quotient is 0 in float32 anyway, and exp's overflow would make the gradient NaN.
     return tf.cast(x / (1.0 + tf.exp(tf.minimum(-2.0 * u, 80.0))), dtype)

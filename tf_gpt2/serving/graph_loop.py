@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, as_plain_loop, as_plain_prefill, decode, grow, prefill
+from tf_gpt2.generation.loop import SMALLEST_BUCKET, as_plain_loop, as_plain_prefill, decode, grow, prefill
 from tf_gpt2.generation.sampling import Sampling
 from tf_gpt2.generation.scoring import chosen_logprobs
+from tf_gpt2.generation.state import Limits
 from tf_gpt2.generation.transposed import over_copies
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.products import shape_of
