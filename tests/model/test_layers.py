@@ -17,6 +17,7 @@ from tf_gpt2.model.products import (
     LARGE,
     MOST_ROWS_APART,
     gelu,
+    normalize,
     product,
     small_product,
     softmax,
@@ -136,6 +137,24 @@ def test_a_plain_loop_keeps_rows_apart():
         beside = product(x, w).numpy()
     assert np.array_equal(beside[[0, 2]], alone[[0, 2]])
     assert np.isnan(beside[1]).all()
+
+
+def test_a_plain_loop_has_formulas_of_its_own_for_the_same_functions():
+    """They take fewer operations; against float64, far out as well."""
+    x, g, b = 9 * inputs(4, 1, 30), inputs(30, seed=1), inputs(30, seed=2)
+    x[0, 0, :4] = -1e4, 1e4, 60, -60
+    wide = np.asarray(x, np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    powers = np.exp(wide - wide.max(-1, keepdims=True))
+    wanted = {
+        gelu: wide / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))),
+        softmax: powers / powers.sum(-1, keepdims=True),
+        normalize: centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * g + b,
+    }
+    with plain_loop([]):
+        found = {gelu: gelu(x), softmax: softmax(tf.constant(x)), normalize: normalize(x, g, b, eps=1e-5)}
+    for function, values in wanted.items():
+        np.testing.assert_allclose(found[function], values, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("n_out", [50, LARGE // 512])
