@@ -103,13 +103,15 @@ def test_rows_do_stop(params):
     assert stopped.any()
 
 
+@pytest.mark.parametrize("stop_ids", [tf.constant([-1]), STOP_IDS], ids=["none stops", "some stop"])
 @pytest.mark.parametrize("n_rows", [2, MANY_ROWS])
-def test_a_state_stays_as_it_was_and_is_continued_in_pieces(model, n_rows):
-    """The loop writes in place, but not into what others hold."""
+def test_a_state_stays_as_it_was_and_is_continued_in_pieces(model, n_rows, stop_ids):
+    """The loop writes in place, but not into what others hold; a row that has stopped stays so while others go on."""
     state = start(model, n_rows)
     before = tf.nest.map_structure(lambda x: x.numpy().copy(), state)
-    limits = Limits(tf.fill([n_rows], CONFIG.n_ctx + 1), tf.constant([-1]))
-    whole = run(decode_greedily, model, state, limits, 9)
+    limits = Limits(tf.fill([n_rows], CONFIG.n_ctx + 1), stop_ids)
+    whole = run(for_all, model, state, limits, 9)
+    run(decode_greedily, model, state, limits, 9)
     for one, other in zip(tf.nest.flatten(before), tf.nest.flatten(state), strict=True):
         np.testing.assert_array_equal(one, other)
     for n_steps in (2, 3, 4):

@@ -104,7 +104,8 @@ def decode_rows(model: GPT2Model, state: State, limits: Limits, n_steps: tf.Tens
     Each step makes each active row longer by one. So ``left`` says all: int32 (B,), how many tokens a row may still
     get; 0 when it ended, and below 0 when it stopped, by as many as it might have got.
     """
-    ends = tf.maximum(tf.minimum(limits.lengths, state.lengths + n_steps), state.lengths)
+    furthest = tf.minimum(limits.lengths, state.lengths + n_steps)
+    ends = tf.where(is_active(state, limits), furthest, state.lengths)
     grid = Grid.of(state.keys[0], model.config.n_head)
     memory = Memory(
         ids=tf.reshape(state.ids, (-1,)),
@@ -121,7 +122,7 @@ def decode_rows(model: GPT2Model, state: State, limits: Limits, n_steps: tf.Tens
             left = tf.where(left > 0, tf.where(stops, -left, left - 1), left)
         return left
 
-    left = tf.where(is_active(state, limits), ends - state.lengths, 0)
+    left = ends - state.lengths
     left = tf.while_loop(lambda left: tf.reduce_any(left > 0), lambda left: in_one_thread(step, left), (left,))[0]
     with tf.control_dependencies([left]):  # all is written
         written = tf.nest.map_structure(tf.identity, memory)
