@@ -2,18 +2,17 @@
 
 TensorFlow's usual executor finds out after each node which others may run now, wakes threads for them, and hands what a
 loop carries from node to node; where a node computes for a microsecond, that is most of the time. Another executor of
-it runs a graph in an order that is fixed beforehand. Products inside still use all cores. It knows neither branches nor
-loops, but as functions that are one node, and neither devices, so all must be on the processor.
+it runs a graph in an order that is fixed beforehand. Products inside still use all cores. It knows neither branches
+nor loops, nor other devices, so all must be on the processor; and a function that is a node of its own would keep the
+thread waiting for another one, of which many requests at a time leave none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import tensorflow as tf
-
-State = TypeVar("State")
 
 EXECUTOR = "SINGLE_THREADED_EXECUTOR"
 """Source: tensorflow, ``core/common_runtime/single_threaded_executor.cc``."""
