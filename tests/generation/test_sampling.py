@@ -41,6 +41,22 @@ def batch(row, n_rows=1):
     return tf.constant([row] * n_rows, tf.float32)
 
 
+@tf.function(autograph=False)
+def traced(logits, sampling):
+    with plain_loop([]):
+        return filter_logits(logits, sampling)
+
+
+def keep_in_plain_loop(logits, sampling):
+    """As ``filter_logits`` in a loop that XLA does not compile, where it sorts; short rows have one graph."""
+    n_vocab = logits.shape[-1]
+    impossible = tf.fill((len(logits), max(12 - n_vocab, 0)), -INF)
+    return traced(tf.concat([logits, impossible], axis=-1), sampling)[:, :n_vocab]
+
+
+EVERYWHERE = pytest.mark.parametrize("keep", [filter_logits, keep_in_plain_loop], ids=["eager", "plain loop"])
+
+
 def left(filtered, row):
     """Ids that a filter left; what it left must be unchanged, what it took -inf."""
     filtered, row = np.asarray(filtered), np.asarray(row, np.float32)
@@ -58,13 +74,15 @@ def drawn(row, n_draws=20_000, **options):
 # ---- top-k
 
 
+@EVERYWHERE
 @COMPARED
 @given(FINITE, st.integers(0, 14))
-def test_top_k_keeps_what_sorting_keeps(row, k):
+def test_top_k_keeps_what_sorting_keeps(keep, row, k):
     possible = [i for i in kept_by_top_k(row, k) if row[i] > -INF]
-    assert left(filter_logits(batch(row), settings_of(1, top_k=k))[0], row) == possible
+    assert left(keep(batch(row), settings_of(1, top_k=k))[0], row) == possible
 
 
+@EVERYWHERE
 @pytest.mark.parametrize(
     ("row", "k", "kept"),
     [
@@ -82,22 +100,24 @@ def test_top_k_keeps_what_sorting_keeps(row, k):
         ([7], 1, [0]),
     ],
 )
-def test_top_k_on_known_rows(row, k, kept):
-    assert left(filter_logits(batch(row), settings_of(1, top_k=k))[0], row) == kept
+def test_top_k_on_known_rows(keep, row, k, kept):
+    assert left(keep(batch(row), settings_of(1, top_k=k))[0], row) == kept
 
 
 # ---- top-p
 
 
+@EVERYWHERE
 @COMPARED
 @given(FINITE, st.integers(1, 1000).map(lambda n: n / 1000))
-def test_top_p_keeps_what_sorting_keeps(row, p):
-    found = left(filter_logits(batch(row), settings_of(1, top_p=p))[0], row)
+def test_top_p_keeps_what_sorting_keeps(keep, row, p):
+    found = left(keep(batch(row), settings_of(1, top_p=p))[0], row)
     # where float32 cannot tell on which side of p a mass is, both answers are right
     right = [kept_by_top_p(row, q) if p < 1 else kept_by_top_p(row, 1) for q in (p, p - 1e-6, p + 1e-6)]
     assert found in [[i for i in kept if row[i] > -INF] for kept in right]
 
 
+@EVERYWHERE
 @pytest.mark.parametrize(
     ("probabilities", "p", "kept"),
     [
@@ -117,32 +137,33 @@ def test_top_p_keeps_what_sorting_keeps(row, p):
         ([1.0], 0.3, [0]),
     ],
 )
-def test_top_p_on_known_rows(probabilities, p, kept):
+def test_top_p_on_known_rows(keep, probabilities, p, kept):
     with np.errstate(divide="ignore"):
         row = np.log(np.float32(probabilities))
-    assert left(filter_logits(batch(row), settings_of(1, top_p=p))[0], row) == kept
+    assert left(keep(batch(row), settings_of(1, top_p=p))[0], row) == kept
 
 
-def test_top_p_is_exact_on_a_large_vocabulary():
+@EVERYWHERE
+def test_top_p_is_exact_on_a_large_vocabulary(keep):
     row = np.random.default_rng(0).normal(size=50257).astype(np.float32) * 3
     for p in (0.1, 0.5, 0.9, 0.99):
-        n_wrong = set(left(filter_logits(batch(row), settings_of(1, top_p=p))[0], row)) ^ set(
-            kept_by_top_p(row, np.float32(p))
-        )
+        n_wrong = set(left(keep(batch(row), settings_of(1, top_p=p))[0], row)) ^ set(kept_by_top_p(row, np.float32(p)))
         assert len(n_wrong) <= 1 + 1e-3 * len(kept_by_top_p(row, p))
 
 
 # ---- min-p
 
 
+@EVERYWHERE
 @COMPARED
 @given(FINITE, st.integers(0, 1000).map(lambda n: n / 1000))
-def test_min_p_keeps_what_is_likely_enough(row, p):
-    found = left(filter_logits(batch(row), settings_of(1, min_p=p))[0], row)
+def test_min_p_keeps_what_is_likely_enough(keep, row, p):
+    found = left(keep(batch(row), settings_of(1, min_p=p))[0], row)
     right = [kept_by_min_p(row, q) for q in (p, max(p - 1e-6, 0), min(p + 1e-6, 1))]
     assert found in [[i for i in kept if row[i] > -INF] for kept in right]
 
 
+@EVERYWHERE
 @pytest.mark.parametrize(
     ("row", "p", "kept"),
     [
@@ -155,23 +176,25 @@ def test_min_p_keeps_what_is_likely_enough(row, p):
         ([5], 1.0, [0]),
     ],
 )
-def test_min_p_on_known_rows(row, p, kept):
-    assert left(filter_logits(batch(row), settings_of(1, min_p=p))[0], row) == kept
+def test_min_p_on_known_rows(keep, row, p, kept):
+    assert left(keep(batch(row), settings_of(1, min_p=p))[0], row) == kept
 
 
 # ---- typical-p
 
 
+@EVERYWHERE
 @COMPARED
 @given(FINITE, st.integers(1, 1000).map(lambda n: n / 1000))
-def test_typical_p_keeps_what_sorting_keeps(row, p):
+def test_typical_p_keeps_what_sorting_keeps(keep, row, p):
     row = [round(x * 64) / 64 if np.isfinite(x) else x for x in row]  # equal, or further apart than rounding errors
-    found = left(filter_logits(batch(row), settings_of(1, typical_p=p))[0], row)
+    found = left(keep(batch(row), settings_of(1, typical_p=p))[0], row)
     right = [kept_by_typical_p(row, q) if p < 1 else range(len(row)) for q in (p, p - 1e-5, p + 1e-5)]
     assert found in [[i for i in kept if row[i] > -INF] for kept in right]
 
 
 # the entropy of the first is 1.21 nats, the information of its tokens 0.69, 1.39, 2.08, 2.08
+@EVERYWHERE
 @pytest.mark.parametrize(
     ("probabilities", "p", "kept"),
     [
@@ -188,24 +211,26 @@ def test_typical_p_keeps_what_sorting_keeps(row, p):
         ([1.0], 0.3, [0]),
     ],
 )
-def test_typical_p_on_known_rows(probabilities, p, kept):
+def test_typical_p_on_known_rows(keep, probabilities, p, kept):
     with np.errstate(divide="ignore"):
         row = np.log(np.float32(probabilities))
-    assert left(filter_logits(batch(row), settings_of(1, typical_p=p))[0], row) == kept
+    assert left(keep(batch(row), settings_of(1, typical_p=p))[0], row) == kept
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.99])
-def test_typical_p_is_exact_on_a_large_vocabulary(p):
+def test_typical_p_is_exact_on_a_large_vocabulary(keep, p):
     row = np.random.default_rng(0).normal(size=50257).astype(np.float32) * 3
     wanted = kept_by_typical_p(row, p)
-    found = left(filter_logits(batch(row), settings_of(1, typical_p=p))[0], row)
+    found = left(keep(batch(row), settings_of(1, typical_p=p))[0], row)
     assert len(set(found) ^ set(wanted)) <= 1 + 1e-3 * len(wanted)
 
 
 # ---- together
 
 
-def test_each_filter_sees_what_the_one_before_left():
+@EVERYWHERE
+def test_each_filter_sees_what_the_one_before_left(keep):
     row = np.log(np.float32([0.4, 0.25, 0.2, 0.1, 0.05])) * 2  # at temperature 2 these are the probabilities
     options = {"temperature": 2.0, "top_k": 4, "top_p": 0.95, "min_p": 0.45, "typical_p": 0.7}
     wanted = np.arange(5)
@@ -213,24 +238,27 @@ def test_each_filter_sees_what_the_one_before_left():
         (kept_by_top_k, 4), (kept_by_top_p, 0.95), (kept_by_min_p, 0.45), (kept_by_typical_p, 0.7)
     ):  # fmt: skip
         wanted = wanted[kept_by(row[wanted] / 2, value)]
-    filtered = filter_logits(batch(row), settings_of(1, **options))[0].numpy()
+    filtered = keep(batch(row), settings_of(1, **options))[0].numpy()
     assert np.flatnonzero(filtered > -INF).tolist() == wanted.tolist()
 
 
-def test_min_p_comes_after_top_p():
+@EVERYWHERE
+def test_min_p_comes_after_top_p(keep):
     row = np.log([0.4, 0.25, 0.2, 0.1, 0.05])  # the other way round, the first two of the first three would reach 0.7
-    filtered = filter_logits(batch(row), settings_of(1, top_p=0.7, min_p=0.3))[0].numpy()
+    filtered = keep(batch(row), settings_of(1, top_p=0.7, min_p=0.3))[0].numpy()
     assert np.flatnonzero(filtered > -INF).tolist() == [0, 1, 2]
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("options", [{"top_k": [0, 1]}, {"top_p": [1, 0.5]}, {"typical_p": [1, 0.5]}], ids=str)
-def test_a_row_without_a_filter_keeps_all_beside_one_with(options):
+def test_a_row_without_a_filter_keeps_all_beside_one_with(keep, options):
     row = [0.0, -40.0, -60.0]  # in float32 the first has all the mass
-    filtered = filter_logits(batch(row, 2), settings_of(2, **options)).numpy()
+    filtered = keep(batch(row, 2), settings_of(2, **options)).numpy()
     assert filtered[0].tolist() == row
     assert filtered[1].tolist() == [0.0, -INF, -INF]
 
 
+@EVERYWHERE
 @COMPARED
 @given(
     st.lists(ANY, min_size=2, max_size=12, unique=True),
@@ -239,9 +267,9 @@ def test_a_row_without_a_filter_keeps_all_beside_one_with(options):
     st.sampled_from([0.0, 0.01, 0.4]),
     st.sampled_from([0.2, 0.6, 1.0]),
 )
-def test_filters_in_a_row_keep_what_sorting_keeps(row, top_k, top_p, min_p, typical_p):
+def test_filters_in_a_row_keep_what_sorting_keeps(keep, row, top_k, top_p, min_p, typical_p):
     options = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
-    found = left(filter_logits(batch(row), settings_of(1, **options))[0], row)
+    found = left(keep(batch(row), settings_of(1, **options))[0], row)
     right = []
     for shift in (0, -1e-5, 1e-5):  # where float32 cannot tell on which side of p a mass is, both answers are right
         kept = np.array(kept_by_top_k(row, top_k))
@@ -253,25 +281,27 @@ def test_filters_in_a_row_keep_what_sorting_keeps(row, top_k, top_p, min_p, typi
     assert found in right
 
 
-def test_top_p_counts_the_mass_that_temperature_and_top_k_left():
+@EVERYWHERE
+def test_top_p_counts_the_mass_that_temperature_and_top_k_left(keep):
     row = np.log([0.4, 0.3, 0.2, 0.1])
     # of the first three 0.4 is 4/9 and 0.7 is 7/9
     for p, kept in ((0.44, [0]), (0.45, [0, 1]), (0.77, [0, 1]), (0.78, [0, 1, 2])):
-        filtered = filter_logits(batch(row), settings_of(1, top_k=3, top_p=p))[0]
+        filtered = keep(batch(row), settings_of(1, top_k=3, top_p=p))[0]
         assert np.flatnonzero(filtered.numpy() > -INF).tolist() == kept
     # at temperature 1/2 the probabilities are as 16, 9, 4, 1
     for p, kept in ((0.53, [0]), (0.54, [0, 1]), (0.83, [0, 1]), (0.84, [0, 1, 2])):
-        filtered = filter_logits(batch(row), settings_of(1, temperature=0.5, top_p=p))[0]
+        filtered = keep(batch(row), settings_of(1, temperature=0.5, top_p=p))[0]
         assert np.flatnonzero(filtered.numpy() > -INF).tolist() == kept
 
 
-def test_each_row_has_its_own_settings():
+@EVERYWHERE
+def test_each_row_has_its_own_settings(keep):
     row = [0.0, 3.0, 2.0, 1.0]
     options = {"temperature": [0, 1, 1, 2], "top_k": [0, 1, 3, 0], "top_p": [1, 1, 0.5, 1]}
-    together = filter_logits(batch(row, 4), settings_of(4, **options)).numpy()
+    together = keep(batch(row, 4), settings_of(4, **options)).numpy()
     for i in range(4):
         alone = settings_of(1, **{name: values[i] for name, values in options.items()})
-        np.testing.assert_allclose(together[i], filter_logits(batch(row), alone)[0], rtol=1e-6)
+        np.testing.assert_allclose(together[i], keep(batch(row), alone)[0], rtol=1e-6)
 
 
 def test_plain_and_compiled_choose_as_eager_does():

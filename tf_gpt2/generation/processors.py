@@ -91,7 +91,7 @@ def process(logits: tf.Tensor, processing: Processing, history: History, stop_id
 
 def apply_if(is_used: tf.Tensor, step: Callable[..., tf.Tensor], logits: tf.Tensor, *settings: Any) -> tf.Tensor:
     """Applies a step if any of ``is_used`` is true."""
-    return tf.cond(tf.reduce_any(is_used), lambda: step(logits, *settings), lambda: logits)
+    return tf.cond(tf.reduce_any(is_used), as_one_node(lambda: step(logits, *settings)), lambda: logits)
 
 
 def penalize(logits: tf.Tensor, processing: Processing, history: History) -> tf.Tensor:

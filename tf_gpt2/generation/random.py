@@ -33,9 +33,9 @@ def threefry(key: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tens
 
 
 def rotate_left(x: tf.Tensor, distance: int) -> tf.Tensor:
-    """Rotates the bits of uint32 words."""
-    left = tf.bitwise.left_shift(x, tf.constant(distance, tf.uint32))
-    return left | tf.bitwise.right_shift(x, tf.constant(32 - distance, tf.uint32))
+    """Rotates the bits of uint32 words; a product and a sum, which are faster than a shift and an "or"."""
+    left = x * tf.constant(1 << distance, tf.uint32)
+    return left + tf.bitwise.right_shift(x, tf.constant(32 - distance, tf.uint32))
 
 
 def gumbel(seeds: tf.Tensor, positions: tf.Tensor, n_columns: int) -> tf.Tensor:

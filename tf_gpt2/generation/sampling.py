@@ -1,12 +1,13 @@
 """Logits -> the next id: greedy, temperature, top-k, top-p, min-p, typical-p.
 
-All settings are data, one value per row of the batch, so that no change of them compiles anything anew. No step sorts
-the vocabulary: XLA takes ten times longer to sort it than to find a threshold by bisection. Penalties and bans come
-first, see ``processors``. Knows nothing of models.
+All settings are data, one value per row of the batch, so that no change of them compiles anything anew. XLA never sorts
+the vocabulary: it takes ten times longer for that than to find a threshold by bisection. Penalties and bans come first,
+see ``processors``. Knows nothing of models.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -111,8 +112,10 @@ def filter_logits(logits: tf.Tensor, sampling: Sampling) -> tf.Tensor:
         of_rows = tf.gather(is_used, i), tf.gather(targets, i)
         return i + 1, apply_if(of_rows[0], keep_part, logits, i, *of_rows)
 
-    # a loop, because XLA compiles what is in a loop once
     start = tf.constant(0), logits / temperature[:, None]
+    if is_plain():
+        return functools.reduce(lambda passed, _: apply_next(*passed), FILTERS, start)[1]
+    # a loop, because XLA compiles what is in a loop once
     return tf.while_loop(lambda i, _: i < len(FILTERS), apply_next, start)[1]
 
 
@@ -133,23 +136,56 @@ def keep_part(logits: tf.Tensor, which: tf.Tensor, is_used: tf.Tensor, target: t
         is_used: bool (B,); the other rows stay as they are.
         target: float32 (B,), k or p.
     """
-    keys = sortable(tf.where(which == TYPICAL_P, typicality(logits), logits))  # (B, V)
+    keys = sortable(tf.cond(which == TYPICAL_P, lambda: typicality(logits), lambda: logits))  # (B, V)
     weights = tf.where(which == TOP_K, 1.0, tf.nn.softmax(logits))
     target = tf.maximum(target, 1e-9)  # the likeliest token has more in any vocabulary; processors take 1e-40 for 0
 
-    def total(kept: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.where(kept, weights, 0.0), axis=-1)  # (B,)
-
-    threshold = bisect(lambda t: total(keys >= t[:, None]) >= target, target)
-    tied = keys == threshold[:, None]  # (B, V)
-    missing = target - total(keys > threshold[:, None])
+    threshold = find_threshold(keys, weights, target)
+    larger, tied = keys > threshold[:, None], keys == threshold[:, None]  # (B, V)
+    missing = target - sum_where(larger, weights)
     each = tf.reduce_max(tf.where(tied, weights, 0.0), axis=-1)
     n_vocab = logits.shape[-1]
     n_tied = tf.cast(tf.math.ceil(tf.minimum(missing / each, float(n_vocab))), tf.int32)
-    n_tied = tf.where(which == TYPICAL_P, n_vocab, tf.maximum(n_tied, 1))
-    place = tf.cumsum(tf.cast(tied, tf.int32), axis=-1)
-    kept = (keys > threshold[:, None]) | (tied & (place <= n_tied[:, None]))
+    n_tied = tf.where((which == TYPICAL_P) | ~is_used, n_vocab, tf.maximum(n_tied, 1))
+    kept = larger | keep_first(tied, n_tied)
     return tf.where(kept | ~is_used[:, None], logits, -float("inf"))
+
+
+def find_threshold(keys: tf.Tensor, weights: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """Finds the largest key that with all larger ones reaches a target; of a row that never does, the least or less.
+
+    Args:
+        keys: uint32 (B, V).
+        weights: float32 (B, V).
+        target: float32 (B,).
+
+    Returns:
+        uint32 (B,).
+    """
+    if not is_plain():
+        return bisect(lambda t: sum_where(keys >= t[:, None], weights) >= target, target)
+    n_keys = keys.shape[-1]
+    largest = tf.math.top_k(keys, n_keys)  # outside of XLA sorting is faster
+    reached = tf.cumsum(tf.gather(weights, largest.indices, batch_dims=1), axis=-1)
+    n_before = tf.math.count_nonzero(reached < target[:, None], axis=-1, dtype=tf.int32)  # (B,)
+    return tf.gather(largest.values, tf.minimum(n_before, n_keys - 1), batch_dims=1)
+
+
+def sum_where(kept: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Sums the weights of what is kept: bool and float32 (B, V) -> float32 (B,)."""
+    return tf.reduce_sum(tf.where(kept, weights, 0.0), axis=-1)
+
+
+def keep_first(marked: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+    """Keeps the first marks of each row, up to a number: bool (B, V) and int32 (B,) -> bool (B, V)."""
+
+    def first() -> tf.Tensor:
+        places = tf.cumsum(tf.cast(marked, tf.int32), axis=-1)
+        return marked & (places <= numbers[:, None])
+
+    # counting places takes longer than most of what is around it, and seldom is there one too many
+    are_too_many = tf.math.count_nonzero(marked, axis=-1, dtype=tf.int32) > numbers
+    return tf.cond(tf.reduce_any(are_too_many), first, lambda: marked)
 
 
 def typicality(logits: tf.Tensor) -> tf.Tensor:
