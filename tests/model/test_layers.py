@@ -1,5 +1,7 @@
 """Each layer against its formula in float64, as a citizen of Keras, and with its subtree of the parameters."""
 
+import contextlib
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -17,6 +19,7 @@ from tf_gpt2.model.products import (
     LARGE,
     MOST_ROWS_APART,
     gelu,
+    masked,
     normalize,
     product,
     small_product,
@@ -155,6 +158,17 @@ def test_a_plain_loop_has_formulas_of_its_own_for_the_same_functions():
         found = {gelu: gelu(x), softmax: softmax(tf.constant(x)), normalize: normalize(x, g, b, eps=1e-5)}
     for function, values in wanted.items():
         np.testing.assert_allclose(found[function], values, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("loop", [contextlib.nullcontext, lambda: plain_loop([])], ids=["elsewhere", "plain loop"])
+def test_what_is_masked_has_no_weight_however_large_its_score(loop):
+    scores = tf.constant([[[1e30, -3.0, 2.0, 5e29]], [[-1e30, 4.0, -1e30, 1e30]]])
+    mask = tf.constant([[[False, True, True, False]], [[False, True, False, False]]])
+    with loop():
+        weights = softmax(masked(scores, mask)).numpy()
+    np.testing.assert_array_equal(weights[~mask.numpy()], 0.0)
+    np.testing.assert_allclose(weights[0, 0, 1:3], reference.softmax(np.array([-3.0, 2.0])), rtol=1e-6)
+    assert weights[1, 0, 1] == 1
 
 
 @pytest.mark.parametrize("n_out", [50, LARGE // 512])

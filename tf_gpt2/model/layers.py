@@ -19,7 +19,17 @@ from tf_gpt2.checkpoint.params import Tree
 from tf_gpt2.config import LAYER_NORM_EPS
 from tf_gpt2.model.loops import value_in_loop
 from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, value_of
-from tf_gpt2.model.products import gelu, normalize, product, shape_again, shape_of, small_product, softmax, swap_middle
+from tf_gpt2.model.products import (
+    gelu,
+    masked,
+    normalize,
+    product,
+    shape_again,
+    shape_of,
+    small_product,
+    softmax,
+    swap_middle,
+)
 
 INIT_STDDEV = 0.02
 """Standard deviation of fresh weights. Source: openai/gpt-2, ``src/model.py``, ``conv1d``."""
@@ -169,7 +179,7 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         """Says how much each query looks at each key: (B*H, T, D), (B*H, S, D), mask -> float32 (B*H, T, S)."""
         scores = small_product(tf.cast(q, k.dtype), k, transpose_b=True)  # (B*H, T, S)
         scores = tf.cast(scores, tf.float32) / math.sqrt(self.n_embd // self.n_head)
-        return softmax(tf.where(mask, scores, tf.float32.min))
+        return softmax(masked(scores, mask))
 
     def split_heads(self, x: tf.Tensor) -> tf.Tensor:
         """Takes (B, T, C) or (B, C) to (B*H, T, D): three axes, because XLA updates a cache of three in place."""

@@ -115,6 +115,16 @@ def small_product(a: tf.Tensor, b: tf.Tensor, *, transpose_b: bool = False) -> t
     return tf.raw_ops.BatchMatMulV3(x=a, y=b, Tout=a.dtype, adj_x=False, adj_y=transpose_b)
 
 
+def masked(scores: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Hides scores from a softmax where a mask is false: float32 (N, T, S), bool (N or 1, T, S).
+
+    In a plain loop by adding what depends on the mask alone, which TensorFlow computes once for all layers.
+    """
+    if is_plain():
+        return scores + tf.where(mask, 0.0, tf.float32.min)
+    return tf.where(mask, scores, tf.float32.min)
+
+
 def softmax(x: tf.Tensor) -> tf.Tensor:
     """Computes ``tf.nn.softmax``; of one row, (..., 1, n), without oneDNN too, which has no kernel of its logarithm."""
     if x.shape[-2] != 1:
