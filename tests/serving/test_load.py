@@ -1,6 +1,7 @@
 """The SavedModel in the loader that TensorFlow Serving uses, against the same SavedModel in Python."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ N_WRONG = 200
 """A check that other operations run beside may lose against them once in many requests."""
 MOST_GROWTH_BYTES = 64 << 20
 """What the process may grow by over 200 requests, after 200 others; allocators take and give some."""
+MOST_S = 180
+"""By when requests that wait for each other are given up."""
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +135,16 @@ def test_threads_get_what_one_gets_and_memory_stays(server, alone):
             assert_same(found.outputs, alone(case))
         rss_bytes.append(server.rss_bytes())
     assert rss_bytes[1] - rss_bytes[0] < MOST_GROWTH_BYTES
+
+
+def test_one_thread_between_operations_is_enough_for_many_requests(program, exported, alone, monkeypatch):
+    """As in a container with one core: where a graph in one thread waited for another, none would be left to run it."""
+    monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "1")
+    with Loader(program, exported, n_threads=N_THREADS) as loader:
+        watch = threading.Timer(MOST_S, loader.process.kill)
+        watch.start()
+        found = loader.ask_all([CASES["generate one row"]] * 4 * N_THREADS)
+        watch.cancel()
+    for one in found:
+        assert one.error == ""
+        assert_same(one.outputs, alone("generate one row"))
