@@ -18,7 +18,7 @@ from tf_gpt2.generation.cache import with_room
 from tf_gpt2.generation.compiled import once_per_model
 from tf_gpt2.generation.loop import cache_sizes, feed, read_prompts
 from tf_gpt2.generation.run import CompiledLoop
-from tf_gpt2.generation.state import Limits
+from tf_gpt2.generation.state import Limits, is_stop
 from tf_gpt2.model.gpt2 import GPT2Model
 
 NONE = -float("inf")
@@ -193,7 +193,7 @@ def best_candidates(state: Beams, logits: tf.Tensor, limits: Limits) -> Candidat
     parents, tokens = places // n_vocab, places % n_vocab
     ids = tf.gather(state.ids, parents, batch_dims=1)  # (B, N, S + 1)
     is_new = tf.range(ids.shape[-1]) == state.lengths[:, None, None]
-    stops = tf.reduce_any(tokens[..., None] == limits.stop_ids, axis=-1)
+    stops = is_stop(tokens, limits)
     return Candidates(
         ids=tf.where(is_new, tokens[..., None], ids),
         scores=scores,

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_gpt2.generation.cache import EntryLayer, Grid
-from tf_gpt2.generation.state import Limits, State, is_active
+from tf_gpt2.generation.state import Limits, State, is_active, is_stop
 from tf_gpt2.model.alike import is_own, overridden
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.loops import as_one_node, read_before_loop
+from tf_gpt2.model.loops import as_one_node, kept_apart, read_before_loop
 from tf_gpt2.model.one_thread import in_one_thread
 from tf_gpt2.model.products import shape_of
 
@@ -67,7 +67,7 @@ def decode_greedily(model: GPT2Model, state: State, limits: Limits, n_steps: tf.
             return decode(state, limits)
         if isinstance(n_rows, int):
             return in_halves(decode, state, limits) if n_rows >= MANY_ROWS else decode(state, limits)
-        part = tf.function(decode, autograph=False, experimental_attributes={"_noinline": True})
+        part = kept_apart(decode)
         return tf.cond(
             n_rows >= MANY_ROWS,
             as_one_node(lambda: in_halves(part, state, limits)),
@@ -118,8 +118,7 @@ def decode_rows(model: GPT2Model, state: State, limits: Limits, n_steps: tf.Tens
     def step(left: tf.Tensor) -> tf.Tensor:
         for _ in range(STEPS_AT_ONCE if is_small(model) else 1):  # a step after the end changes nothing
             chosen = append_likeliest(model, memory, grid, ends - tf.abs(left), firsts)
-            stops = tf.reduce_any(chosen[:, None] == limits.stop_ids[None], axis=-1)
-            left = tf.where(left > 0, tf.where(stops, -left, left - 1), left)
+            left = tf.where(left > 0, tf.where(is_stop(chosen, limits), -left, left - 1), left)
         return left
 
     left = ends - state.lengths

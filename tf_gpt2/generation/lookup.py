@@ -23,7 +23,7 @@ import tensorflow as tf
 from tf_gpt2.generation.loop import decode_step, feed_several
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.sampling import Sampling, choose
-from tf_gpt2.generation.state import Limits, State, is_active
+from tf_gpt2.generation.state import Limits, State, is_active, is_stop
 from tf_gpt2.model.gpt2 import GPT2Model
 
 N_DRAFTED = 3
@@ -142,7 +142,7 @@ def checking_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: 
     chosen, logprobs = (tf.reshape(x, (n_rows, n_fed)) for x in (chosen, logprobs))  # (B, T)
 
     n_hits = tf.reduce_sum(tf.math.cumprod(tf.cast(chosen[:, :-1] == drafts, tf.int32), axis=1), axis=1)  # (B,)
-    stops = tf.reduce_any(chosen[..., None] == limits.stop_ids, axis=-1)  # (B, T)
+    stops = is_stop(chosen, limits)  # (B, T)
     n_before_stop = tf.reduce_min(tf.where(stops, tf.range(n_fed), n_fed), axis=1)
     n_wanted = tf.minimum(n_hits + 1, tf.minimum(limits.lengths, state.n_slots) - state.lengths)
     active = is_active(state, limits)

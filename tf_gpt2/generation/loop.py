@@ -18,7 +18,7 @@ from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, for_samples, rep
 from tf_gpt2.generation.greedy import decode_greedily, may_decode_greedily
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.sampling import Sampling, asks_for_more, choose
-from tf_gpt2.generation.state import Limits, State, is_active
+from tf_gpt2.generation.state import Limits, State, is_active, is_stop
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.loops import as_one_node, is_plain, plain_loop
 from tf_gpt2.model.one_thread import on_processor
@@ -181,7 +181,7 @@ def append(state: State, logits: tf.Tensor, sampling: Sampling, limits: Limits) 
     log_total = tf.reduce_logsumexp(logits, axis=-1)  # (B,)
     logprobs = tf.gather(logits, chosen, batch_dims=1) - log_total
     active = is_active(state, limits)
-    stops = tf.reduce_any(chosen[:, None] == limits.stop_ids[None], axis=-1)
+    stops = is_stop(chosen, limits)
     # rows that have ended write past their end, where nothing is read
     slots = tf.stack([tf.range(shape_of(chosen)[0]), state.lengths], axis=1)  # (B, 2)
     state = append_top(state, logits, log_total, slots)

@@ -54,3 +54,8 @@ class Limits(NamedTuple):
 def is_active(state: State, limits: Limits) -> tf.Tensor:
     """Says which rows still want a token: bool (B,)."""
     return ~state.stopped & (state.lengths < limits.lengths)
+
+
+def is_stop(ids: tf.Tensor, limits: Limits) -> tf.Tensor:
+    """Says which ids end their rows: int32, of any shape -> bool."""
+    return tf.reduce_any(ids[..., None] == limits.stop_ids, axis=-1)

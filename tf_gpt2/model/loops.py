@@ -84,15 +84,18 @@ def value_in_loop(variable: Any) -> tf.Tensor:
     return tf.convert_to_tensor(variable) if value is None else value
 
 
-def as_one_node(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
+def kept_apart(function: Callable[..., Any]) -> Any:
+    """Gives a function that TensorFlow is not to dissolve in the graph that calls it: a call of it is one node."""
+    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+
+
+def as_one_node(branch: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a branch of ``tf.cond`` that costs next to nothing where it is not taken.
 
     Outside of XLA TensorFlow makes one graph of both branches, and each node of the one that is not taken is told that
     there is nothing to do, loops within it too. A function that is not inlined is one node.
     """
-    if not is_plain():
-        return branch
-    return tf.function(branch, autograph=False, experimental_attributes={"_noinline": True})
+    return kept_apart(branch) if is_plain() else branch
 
 
 def copy_of(weight: Any) -> tf.Tensor | None:

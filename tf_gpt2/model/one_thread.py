@@ -14,6 +14,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_gpt2.model.loops import kept_apart
+
 EXECUTOR = "SINGLE_THREADED_EXECUTOR"
 """Source: tensorflow, ``core/common_runtime/single_threaded_executor.cc``."""
 
@@ -25,7 +27,7 @@ def on_processor() -> tf.Tensor:
 
 def in_one_thread(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function of tensors, in any structure, as a graph that runs in one thread."""
-    graph = trace(function, *tf.nest.map_structure(spec_of, args))
+    graph = kept_apart(function).get_concrete_function(*tf.nest.map_structure(spec_of, args))
     outputs = run(graph, [*tf.nest.flatten(args), *graph.captured_inputs])
     return tf.nest.pack_sequence_as(graph.structured_outputs, outputs)
 
@@ -33,12 +35,6 @@ def in_one_thread(function: Callable[..., Any], *args: Any) -> Any:
 def spec_of(x: tf.Tensor) -> tf.TensorSpec:
     """Describes a tensor."""
     return tf.TensorSpec(x.shape, x.dtype)
-
-
-def trace(function: Callable[..., Any], *specs: Any) -> Any:
-    """Gives a function's graph, which TensorFlow is not to dissolve in the graph that calls it."""
-    attributes = {"_noinline": True}
-    return tf.function(function, autograph=False, experimental_attributes=attributes).get_concrete_function(*specs)
 
 
 def run(graph: Any, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
