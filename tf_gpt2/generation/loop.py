@@ -15,7 +15,8 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, for_samples, repeat_heads, slots_at, with_room
-from tf_gpt2.generation.greedy import decode_greedily, may_decode_greedily
+from tf_gpt2.generation.lean_choice import Choice, Draw, Likeliest, asks_for_no_more
+from tf_gpt2.generation.lean_loop import decode_lean, is_small, may_decode_lean
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.sampling import Sampling, asks_for_more, choose
 from tf_gpt2.generation.state import Limits, State, is_active, is_stop
@@ -79,12 +80,24 @@ def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n
     def decode_anywhere() -> State:
         return decode_with(model, state, sampling, limits, n_steps)
 
-    if not (is_plain() and may_decode_greedily(model, state)):
+    def decode_on_processor(choice: Choice) -> State:
+        return decode_lean(model, state, choice, limits, n_steps)
+
+    def draw() -> State:
+        if not is_small(model):  # a large one gains nothing
+            return decode_anywhere()
+        return tf.cond(
+            on_processor() & asks_for_no_more(sampling),
+            as_one_node(lambda: decode_on_processor(Draw.of(sampling, model.config.n_vocab))),
+            as_one_node(decode_anywhere),
+        )
+
+    if not (is_plain() and may_decode_lean(model, state)):
         return decode_anywhere()
     return tf.cond(
         on_processor() & ~asks_for_more(sampling),
-        as_one_node(lambda: decode_greedily(model, state, limits, n_steps)),
-        as_one_node(decode_anywhere),
+        as_one_node(lambda: decode_on_processor(Likeliest())),
+        as_one_node(draw),
     )
 
 

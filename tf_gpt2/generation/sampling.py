@@ -1,24 +1,19 @@
-"""Logits -> the next id: greedy, temperature, top-k, top-p, min-p, typical-p.
+"""Logits -> the next id: greedy, or drawn at a temperature of what the filters leave.
 
-All settings are data, one value per row of the batch, so that no change of them compiles anything anew. XLA never sorts
-the vocabulary: it takes ten times longer for that than to find a threshold by bisection. Penalties and bans come first,
-see ``processors``. Knows nothing of models.
+All settings are data, one value per row of the batch, so that no change of them compiles anything anew. Penalties and
+bans come first, see ``processors``. Knows nothing of models.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from tf_gpt2.generation.filters import FILTERS, TYPICAL_P, keep_likeliest, keep_min_p, keep_part
 from tf_gpt2.generation.processors import History, Processing, apply_if, asks_for_processing, process
 from tf_gpt2.generation.random import gumbel
 from tf_gpt2.model.loops import is_plain
-
-FILTERS = TOP_K, TOP_P, TYPICAL_P = range(3)
-"""What is kept of the vocabulary, in the order in which it applies; min-p is a comparison and comes before the last."""
 
 
 class Sampling(NamedTuple):
@@ -99,133 +94,27 @@ def filter_logits(logits: tf.Tensor, sampling: Sampling) -> tf.Tensor:
 
     Source: the order is that of Hugging Face's ``_get_logits_processor``.
     """
-    # no logit overflows when divided by 1e-30, and a temperature below it draws as it does
-    temperature = tf.where(sampling.temperature > 0, tf.maximum(sampling.temperature, 1e-30), 1.0)
-    k, n_vocab = sampling.top_k, logits.shape[-1]
+    s = sampling
+    logits = logits / temperature_of(s)[:, None]
+    if is_plain():
+        is_cut = (s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0)
+        logits = apply_if(is_cut, keep_likeliest, logits, s.top_k, s.top_p, s.min_p)
+        return apply_if(s.typical_p < 1, keep_part, logits, tf.constant(TYPICAL_P), s.typical_p < 1, s.typical_p)
+    k, n_vocab = s.top_k, logits.shape[-1]
     k = tf.cast(tf.where((k > 0) & (k < n_vocab), k, n_vocab), tf.float32)
-    targets = tf.stack([k, sampling.top_p, sampling.typical_p])  # (3, B)
+    targets = tf.stack([k, s.top_p, s.typical_p])  # (3, B)
     is_used = targets < tf.constant([[n_vocab], [1], [1]], tf.float32)
 
     def apply_next(i: tf.Tensor, logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        has_min_p = (i == TYPICAL_P) & (sampling.min_p > 0)
-        logits = apply_if(has_min_p, keep_min_p, logits, sampling.min_p)
+        logits = apply_if((i == TYPICAL_P) & (s.min_p > 0), keep_min_p, logits, s.min_p)
         of_rows = tf.gather(is_used, i), tf.gather(targets, i)
         return i + 1, apply_if(of_rows[0], keep_part, logits, i, *of_rows)
 
-    start = tf.constant(0), logits / temperature[:, None]
-    if is_plain():
-        return functools.reduce(lambda passed, _: apply_next(*passed), FILTERS, start)[1]
     # a loop, because XLA compiles what is in a loop once
-    return tf.while_loop(lambda i, _: i < len(FILTERS), apply_next, start)[1]
+    return tf.while_loop(lambda i, _: i < len(FILTERS), apply_next, (tf.constant(0), logits))[1]
 
 
-def keep_part(logits: tf.Tensor, which: tf.Tensor, is_used: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
-    """Applies one of ``FILTERS``: sets logits to -inf but for the first, in its order, that together reach a target.
-
-    - top-k: the largest logits, whose number reaches k; of equals the lower id stays.
-    - top-p: the largest logits, whose softmax mass reaches p; of equals the lower id stays. Source: Holtzman et al.
-      2020, "The Curious Case of Neural Text Degeneration". OpenAI's own code drops the token that crosses p; the paper
-      keeps it, and so does this.
-    - typical-p: the most typical tokens, whose softmax mass reaches p; all that are equally typical stay. Typical is a
-      token whose information, -log of its probability, is near the entropy. Source: Meister et al. 2022, "Locally
-      Typical Sampling"; ties are those of Hugging Face's ``TypicalLogitsWarper``.
-
-    Args:
-        logits: float32 (B, V).
-        which: int32 scalar.
-        is_used: bool (B,); the other rows stay as they are.
-        target: float32 (B,), k or p.
-    """
-    keys = sortable(tf.cond(which == TYPICAL_P, lambda: typicality(logits), lambda: logits))  # (B, V)
-    weights = tf.where(which == TOP_K, 1.0, tf.nn.softmax(logits))
-    target = tf.maximum(target, 1e-9)  # the likeliest token has more in any vocabulary; processors take 1e-40 for 0
-
-    threshold = find_threshold(keys, weights, target)
-    larger, tied = keys > threshold[:, None], keys == threshold[:, None]  # (B, V)
-    missing = target - sum_where(larger, weights)
-    each = tf.reduce_max(tf.where(tied, weights, 0.0), axis=-1)
-    n_vocab = logits.shape[-1]
-    n_tied = tf.cast(tf.math.ceil(tf.minimum(missing / each, float(n_vocab))), tf.int32)
-    n_tied = tf.where((which == TYPICAL_P) | ~is_used, n_vocab, tf.maximum(n_tied, 1))
-    kept = larger | keep_first(tied, n_tied)
-    return tf.where(kept | ~is_used[:, None], logits, -float("inf"))
-
-
-def find_threshold(keys: tf.Tensor, weights: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
-    """Finds the largest key that with all larger ones reaches a target; of a row that never does, the least or less.
-
-    Args:
-        keys: uint32 (B, V).
-        weights: float32 (B, V).
-        target: float32 (B,).
-
-    Returns:
-        uint32 (B,).
-    """
-    if not is_plain():
-        return bisect(lambda t: sum_where(keys >= t[:, None], weights) >= target, target)
-    n_keys = keys.shape[-1]
-    largest = tf.math.top_k(keys, n_keys)  # outside of XLA sorting is faster
-    reached = tf.cumsum(tf.gather(weights, largest.indices, batch_dims=1), axis=-1)
-    n_before = tf.math.count_nonzero(reached < target[:, None], axis=-1, dtype=tf.int32)  # (B,)
-    return tf.gather(largest.values, tf.minimum(n_before, n_keys - 1), batch_dims=1)
-
-
-def sum_where(kept: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Sums the weights of what is kept: bool and float32 (B, V) -> float32 (B,)."""
-    return tf.reduce_sum(tf.where(kept, weights, 0.0), axis=-1)
-
-
-def keep_first(marked: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
-    """Keeps the first marks of each row, up to a number: bool (B, V) and int32 (B,) -> bool (B, V)."""
-
-    def first() -> tf.Tensor:
-        places = tf.cumsum(tf.cast(marked, tf.int32), axis=-1)
-        return marked & (places <= numbers[:, None])
-
-    # counting places takes longer than most of what is around it, and seldom is there one too many
-    are_too_many = tf.math.count_nonzero(marked, axis=-1, dtype=tf.int32) > numbers
-    return tf.cond(tf.reduce_any(are_too_many), first, lambda: marked)
-
-
-def typicality(logits: tf.Tensor) -> tf.Tensor:
-    """Gives minus the distance of each token's information from the entropy, in nats: (B, V)."""
-    log_probs = tf.nn.log_softmax(logits)
-    probs = tf.exp(log_probs)
-    entropy = -tf.reduce_sum(tf.where(probs > 0, log_probs * probs, 0.0), axis=-1, keepdims=True)
-    return -tf.abs(log_probs + entropy)
-
-
-def keep_min_p(logits: tf.Tensor, min_p: tf.Tensor) -> tf.Tensor:
-    """Sets logits to -inf that are less than p times as likely as the likeliest; 0 keeps all.
-
-    Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs".
-    """
-    least = tf.reduce_max(logits, axis=-1) + tf.math.log(min_p)  # (B,)
-    return tf.where(logits >= least[:, None], logits, -float("inf"))
-
-
-def sortable(x: tf.Tensor) -> tf.Tensor:
-    """Maps float32 to uint32 in the same order, so that a threshold can be found bit by bit."""
-    bits = tf.bitcast(tf.where(x == 0, 0.0, x), tf.uint32)  # -0.0 equals 0.0 and has other bits
-    sign = tf.constant(1 << 31, tf.uint32)
-    return tf.where(bits >= sign, tf.bitwise.invert(bits), bits | sign)
-
-
-def bisect(holds: Callable[[tf.Tensor], tf.Tensor], like: tf.Tensor) -> tf.Tensor:
-    """Finds per row the largest threshold for which a condition holds that turns false once as the threshold grows.
-
-    Args:
-        holds: uint32 (B,) -> bool (B,).
-        like: any tensor (B,).
-
-    Returns:
-        uint32 (B,); 0 where the condition never holds.
-    """
-
-    def try_bit(i: tf.Tensor, threshold: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        candidate = threshold | tf.bitwise.left_shift(tf.constant(1, tf.uint32), tf.cast(31 - i, tf.uint32))
-        return i + 1, tf.where(holds(candidate), candidate, threshold)
-
-    start = tf.zeros_like(like, tf.uint32)
-    return tf.while_loop(lambda i, _: i < 32, try_bit, (tf.constant(0), start))[1]
+def temperature_of(sampling: Sampling) -> tf.Tensor:
+    """Gives what to divide logits by, float32 (B,); 1 for rows that take the likeliest id."""
+    # no logit overflows when divided by 1e-30, and a temperature below it draws as it does
+    return tf.where(sampling.temperature > 0, tf.maximum(sampling.temperature, 1e-30), 1.0)

@@ -1,19 +1,21 @@
-"""The likeliest tokens on the processor, outside of XLA: ``loop.decode`` with little beside the arithmetic.
+"""Tokens on the processor, outside of XLA: ``loop.decode`` with little beside the arithmetic.
 
 There each operation takes a microsecond, whatever it computes, and what a loop carries takes several at each step. So a
 step is one graph that runs in one thread; what stays the same from step to step is computed before; and one number a
-row is carried. All else is memory that is written in place. Only for rows that ask for nothing but their likeliest
-tokens, and for models that nobody has changed.
+row is carried, with the noise for the next step where rows draw. All else is memory that is written in place. Only for
+what needs no branches, see ``lean_choice``, and for models that nobody has changed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tf_gpt2.generation.cache import EntryLayer, Grid
+from tf_gpt2.generation.lean_choice import Choice
 from tf_gpt2.generation.state import Limits, State, is_active, is_stop
 from tf_gpt2.model.alike import is_own, overridden
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -45,18 +47,18 @@ class Memory(NamedTuple):
     values: tuple[tf.Tensor, ...]
 
 
-def may_decode_greedily(model: GPT2Model, state: State) -> bool:
-    """Says whether ``decode_greedily`` is for such a model and state, if it runs on the processor."""
+def may_decode_lean(model: GPT2Model, state: State) -> bool:
+    """Says whether ``decode_lean`` is for such a model and state, if it runs on the processor."""
     parts = [*model.blocks, model.ln_f, model.embd_dropout]
     is_unchanged = type(model) is GPT2Model and not overridden(model) and all(map(is_own, parts))
     return is_unchanged and state.top_ids.shape[-1] == 0 and not tf.executing_eagerly()
 
 
-def decode_greedily(model: GPT2Model, state: State, limits: Limits, n_steps: tf.Tensor) -> State:
-    """Appends up to ``n_steps`` likeliest tokens to each row, in a plain loop that has the cache alone."""
+def decode_lean(model: GPT2Model, state: State, choice: Choice, limits: Limits, n_steps: tf.Tensor) -> State:
+    """Appends up to ``n_steps`` tokens to each row, in a plain loop that has the cache alone."""
 
-    def decode(state: State, limits: Limits) -> State:
-        return decode_rows(model, state, limits, n_steps)
+    def decode(state: State, choice: Choice, limits: Limits) -> State:
+        return decode_rows(model, state, choice, limits, n_steps)
 
     # the loop writes into what is its own alone, as the cache already is
     ids, logprobs = (tf.raw_ops.DeepCopy(x=x) for x in (state.ids, state.logprobs))
@@ -64,14 +66,14 @@ def decode_greedily(model: GPT2Model, state: State, limits: Limits, n_steps: tf.
     with read_before_loop(variable.value for variable in model.variables):
         n_rows = shape_of(state.lengths)[0]
         if not is_small(model):
-            return decode(state, limits)
+            return decode(state, choice, limits)
         if isinstance(n_rows, int):
-            return in_halves(decode, state, limits) if n_rows >= MANY_ROWS else decode(state, limits)
+            return in_halves(decode, state, choice, limits) if n_rows >= MANY_ROWS else decode(state, choice, limits)
         part = kept_apart(decode)
         return tf.cond(
             n_rows >= MANY_ROWS,
-            as_one_node(lambda: in_halves(part, state, limits)),
-            as_one_node(lambda: part(state, limits)),
+            as_one_node(lambda: in_halves(part, state, choice, limits)),
+            as_one_node(lambda: part(state, choice, limits)),
         )
 
 
@@ -80,7 +82,7 @@ def is_small(model: GPT2Model) -> bool:
     return model.config.n_params <= SMALL
 
 
-def in_halves(decode: Callable[[State, Limits], State], state: State, limits: Limits) -> State:
+def in_halves(decode: Callable[..., State], state: State, choice: Choice, limits: Limits) -> State:
     """Decodes half of the rows beside the other half."""
     n_rows = shape_of(state.lengths)[0]
     half = n_rows // 2
@@ -92,13 +94,13 @@ def in_halves(decode: Callable[[State, Limits], State], state: State, limits: Li
         return x[half * (shape_of(x)[0] // n_rows) :]
 
     ends = [
-        decode(tf.nest.map_structure(part, state), limits._replace(lengths=part(limits.lengths)))
+        decode(*tf.nest.map_structure(part, (state, choice)), limits._replace(lengths=part(limits.lengths)))
         for part in (first, second)
     ]
     return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *ends)
 
 
-def decode_rows(model: GPT2Model, state: State, limits: Limits, n_steps: tf.Tensor) -> State:
+def decode_rows(model: GPT2Model, state: State, choice: Choice, limits: Limits, n_steps: tf.Tensor) -> State:
     """Decodes rows side by side in each step, which runs in one thread.
 
     Each step makes each active row longer by one. So ``left`` says all: int32 (B,), how many tokens a row may still
@@ -115,14 +117,23 @@ def decode_rows(model: GPT2Model, state: State, limits: Limits, n_steps: tf.Tens
     )
     firsts = tf.range(shape_of(state.lengths)[0]) * shape_of(state.ids)[1]  # (B,), where rows begin in memory
 
-    def step(left: tf.Tensor) -> tf.Tensor:
-        for _ in range(STEPS_AT_ONCE if is_small(model) else 1):  # a step after the end changes nothing
-            chosen = append_likeliest(model, memory, grid, ends - tf.abs(left), firsts)
+    n_at_once = STEPS_AT_ONCE if is_small(model) else 1
+
+    def steps(left: tf.Tensor, noises: Any) -> tf.Tensor:
+        for noise in noises:  # a step after the end changes nothing
+            choose = functools.partial(choice.choose, noise=noise)
+            chosen = append(model, memory, grid, ends - tf.abs(left), firsts, choose)
             left = tf.where(left > 0, tf.where(is_stop(chosen, limits), -left, left - 1), left)
         return left
 
-    left = ends - state.lengths
-    left = tf.while_loop(lambda left: tf.reduce_any(left > 0), lambda left: in_one_thread(step, left), (left,))[0]
+    def noises_at(lengths: tf.Tensor) -> Any:
+        return choice.noise(lengths, n_at_once, model.config.n_vocab)
+
+    def body(left: tf.Tensor, noises: Any) -> tuple[tf.Tensor, Any]:
+        return in_one_thread(steps, left, noises), noises_at(ends - tf.abs(left) + n_at_once)
+
+    start = ends - state.lengths, noises_at(state.lengths)
+    left = tf.while_loop(lambda left, _: tf.reduce_any(left > 0), body, start)[0]
     with tf.control_dependencies([left]):  # all is written
         written = tf.nest.map_structure(tf.identity, memory)
     return state._replace(
@@ -135,8 +146,15 @@ def decode_rows(model: GPT2Model, state: State, limits: Limits, n_steps: tf.Tens
     )
 
 
-def append_likeliest(model: GPT2Model, memory: Memory, grid: Grid, lengths: tf.Tensor, firsts: tf.Tensor) -> tf.Tensor:
-    """Feeds each row's last token and writes the likeliest next one behind it; gives that, int32 (B,).
+def append(
+    model: GPT2Model,
+    memory: Memory,
+    grid: Grid,
+    lengths: tf.Tensor,
+    firsts: tf.Tensor,
+    choose: Callable[[tf.Tensor], tf.Tensor],
+) -> tf.Tensor:
+    """Feeds each row's last token and writes the one behind it that is chosen; gives that, int32 (B,).
 
     A row that has ended goes through all this too: it leaves in the cache what was there, and writes past its end,
     where nothing is read.
@@ -146,7 +164,7 @@ def append_likeliest(model: GPT2Model, memory: Memory, grid: Grid, lengths: tf.T
     slots = grid.at(positions)
     cache = [EntryLayer(k, v, slots) for k, v in zip(memory.keys, memory.values, strict=True)]
     logits = model.logits(model.hidden_states(last, positions=positions, cache=cache))  # (B, V)
-    chosen = tf.argmax(logits, axis=-1, output_type=tf.int32)  # (B,)
+    chosen = choose(logits)  # (B,)
     logprobs = tf.gather(tf.nn.log_softmax(logits), chosen, batch_dims=1)
     places = firsts + lengths
     written = (
