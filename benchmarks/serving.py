@@ -49,6 +49,7 @@ def main() -> None:
         **start_report("serving", arguments, "n_tokens", "repetitions"),
         "versions": {"tensorflow": tf.__version__},
         "prompt": PROMPT,
+        "choices": CHOICES,
         "models": [],
     }
     with tempfile.TemporaryDirectory() as scratch:

@@ -274,9 +274,11 @@ def serving_table() -> str:
         f"{model['size_bytes'] / 1e6:.0f} MB, and was loaded in {model['load_s']:.1f} s"
         for model in result["models"]
     ]
+    n_tokens = result["settings"]["n_tokens"]
+    drawn = " and ".join(f"`{name}` {value}" for name, value in result["choices"]["drawn"].items())
     note = (
-        f"\nTokens/s of all rows, {result['prompt']} prompt tokens and 40 new ones a row, float32, medians; drawn are "
-        f"those of temperature 0.8 and top-p 0.9. "
+        f"\nTokens/s of all rows, {result['prompt']} prompt tokens and {n_tokens} new ones a row, float32, medians; "
+        f"drawn are those of {drawn}. "
     )
     return "\n".join(lines) + f"\n{note}{'; '.join(made)}. {result['machine']['cpu']}, {result['date'][:10]}."
 
