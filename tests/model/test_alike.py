@@ -102,7 +102,7 @@ def test_each_block_multiplies_by_its_own_copies(model):
 
 def test_one_block_is_traced_for_all(model, n_calls):
     generate(model, PROMPTS, max_new_tokens=3, jit_compile=False)
-    assert len(n_calls) == 4  # for prefill, for the loop for all, and for two greedy steps at once
+    assert len(n_calls) == 6  # for prefill, for the loop for all, and for two lean steps at once, greedy and drawn
     n_calls.clear()
     read_prompts(model, tf.constant([[1, 2, 3]]))
     assert len(n_calls) == 4  # eagerly each by itself

@@ -24,6 +24,7 @@ SAMPLED = {
     "typical_p": [1.0, 0.9, 1.0, 1.0],
     "seed": [0, 1, 2**40 + 3, 2**63 - 1],
 }
+DRAWN = {name: values for name, values in SAMPLED.items() if name != "typical_p"}
 PENALTIES = {
     "repetition_penalty": [1.3],
     "presence_penalty": [0.5],
@@ -45,6 +46,7 @@ CASES = {
     "serving_default ragged": ("serving_default", {"text": RAGGED}),
     "generate one row": ("generate", {"text": TEXTS[:1]}),
     "generate few rows": ("generate", {"text": TEXTS[:4], "max_new_tokens": [7], **SAMPLED}),
+    "generate drawn few rows": ("generate", {"text": TEXTS[:4], "max_new_tokens": [7], **DRAWN}),
     "generate texts": ("generate", {"text": TEXTS, **PENALTIES}),
     "generate no rows": ("generate", {"text": []}),
     "generate wrong options": ("generate", {"text": TEXTS[:5], **WRONG_OPTIONS}),

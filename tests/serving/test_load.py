@@ -137,14 +137,15 @@ def test_threads_get_what_one_gets_and_memory_stays(server, alone):
     assert rss_bytes[1] - rss_bytes[0] < MOST_GROWTH_BYTES
 
 
-def test_one_thread_between_operations_is_enough_for_many_requests(program, exported, alone, monkeypatch):
+@pytest.mark.parametrize("case", ["generate one row", "generate drawn few rows"])
+def test_one_thread_between_operations_is_enough_for_many_requests(program, exported, alone, monkeypatch, case):
     """As in a container with one core: where a graph in one thread waited for another, none would be left to run it."""
     monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "1")
     with Loader(program, exported, n_threads=N_THREADS) as loader:
         watch = threading.Timer(MOST_S, loader.process.kill)
         watch.start()
-        found = loader.ask_all([CASES["generate one row"]] * 4 * N_THREADS)
+        found = loader.ask_all([CASES[case]] * 4 * N_THREADS)
         watch.cancel()
     for one in found:
         assert one.error == ""
-        assert_same(one.outputs, alone("generate one row"))
+        assert_same(one.outputs, alone(case))
