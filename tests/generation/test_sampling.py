@@ -268,9 +268,8 @@ def test_a_row_without_a_filter_keeps_all_beside_one_with(keep, options):
     st.sampled_from([0.2, 0.6, 1.0]),
 )
 def test_filters_in_a_row_keep_what_sorting_keeps(keep, row, top_k, top_p, min_p, typical_p):
-    row = list(
-        dict.fromkeys(round(x * 64) / 64 for x in row)
-    )  # apart by more than rounding errors, so that no two are as typical
+    # apart by more than rounding errors, so that no two are as typical
+    row = list(dict.fromkeys(round(x * 64) / 64 for x in row))
     options = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
     found = left(keep(batch(row), settings_of(1, **options))[0], row)
     right = []

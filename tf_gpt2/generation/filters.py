@@ -15,12 +15,8 @@ from tf_gpt2.model.loops import is_plain
 
 FILTERS = TOP_K, TOP_P, TYPICAL_P = range(3)
 """What is kept of the vocabulary, in the order in which it applies; min-p is a comparison and comes before the last."""
-
-
 LEAST_P = 1e-9
 """The likeliest token has more in any vocabulary; processors take 1e-40 for 0."""
-
-
 MARGIN = 0.9
 """Makes up for rounding."""
 
@@ -148,8 +144,8 @@ def find_threshold(keys: tf.Tensor, weights: tf.Tensor, target: tf.Tensor) -> tf
     n_keys = keys.shape[-1]
     largest = tf.math.top_k(keys, n_keys)  # outside of XLA sorting is faster
     reached = tf.cumsum(tf.gather(weights, largest.indices, batch_dims=1), axis=-1)
-    n_before = tf.math.count_nonzero(reached < target[:, None], axis=-1, dtype=tf.int32)  # (B,)
-    return tf.gather(largest.values, tf.minimum(n_before, n_keys - 1), batch_dims=1)
+    n_before = count(reached < target[:, None])  # (B, 1)
+    return tf.gather(largest.values, tf.minimum(n_before, n_keys - 1), batch_dims=1)[:, 0]
 
 
 def sum_where(kept: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
@@ -165,7 +161,7 @@ def keep_first(marked: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
         return marked & (places <= numbers[:, None])
 
     # counting places takes longer than most of what is around it, and seldom is there one too many
-    are_too_many = tf.math.count_nonzero(marked, axis=-1, dtype=tf.int32) > numbers
+    are_too_many = count(marked) > numbers[:, None]
     return tf.cond(tf.reduce_any(are_too_many), first, lambda: marked)
 
 

@@ -99,7 +99,8 @@ def filter_logits(logits: tf.Tensor, sampling: Sampling) -> tf.Tensor:
     if is_plain():
         is_cut = (s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0)
         logits = apply_if(is_cut, keep_likeliest, logits, s.top_k, s.top_p, s.min_p)
-        return apply_if(s.typical_p < 1, keep_part, logits, tf.constant(TYPICAL_P), s.typical_p < 1, s.typical_p)
+        is_typical = s.typical_p < 1
+        return apply_if(is_typical, keep_part, logits, tf.constant(TYPICAL_P), is_typical, s.typical_p)
     k, n_vocab = s.top_k, logits.shape[-1]
     k = tf.cast(tf.where((k > 0) & (k < n_vocab), k, n_vocab), tf.float32)
     targets = tf.stack([k, s.top_p, s.typical_p])  # (3, B)
