@@ -33,7 +33,7 @@ from tf_gpt2.generation.prompts import pad
 from tf_gpt2.generation.run import CompiledLoop
 from tf_gpt2.generation.settings import make_limits, make_sampling
 from tf_gpt2.model.layers import CausalSelfAttention
-from tf_gpt2.pipeline import DTYPES
+from tf_gpt2.text.generator import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 SHAPES = {"30M": GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=384, n_head=6, n_layer=6), **SIZES}

@@ -35,7 +35,7 @@ from tf_gpt2.config import SIZES
 from tf_gpt2.generation.generate import check_prompts, generate, pad
 from tf_gpt2.generation.lookup_run import LookupRun
 from tf_gpt2.generation.settings import make_limits, make_sampling
-from tf_gpt2.pipeline import DTYPES
+from tf_gpt2.text.generator import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "prompt_lookup.json"
 PROMPT = "To be, or not to be: that is the question:\n"

@@ -28,8 +28,8 @@ from benchmarks.rounds import wait_until_quiet
 from tests.serving.loader import Loader, build
 from tf_gpt2 import TextGenerator, export_saved_model, generate
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.pipeline import DTYPES
 from tf_gpt2.serving.export import size_bytes
+from tf_gpt2.text.generator import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 BATCHES = (1, 8, 32)

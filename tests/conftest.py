@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from reference import lively_params
 
-from tf_gpt2 import compile_cache
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.process import collect_seldom
+from tf_gpt2.runtime import compile_cache
+from tf_gpt2.runtime.memory import collect_seldom
 
 collect_seldom()  # tracing makes many objects
 os.environ[compile_cache.VARIABLE] = "off"  # tests leave the user's cache alone

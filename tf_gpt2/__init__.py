@@ -19,17 +19,17 @@ _HOMES = {
     "GPT2Config": "tf_gpt2.config",
     "BeamSearchResult": "tf_gpt2.generation.beam",
     "Encoder": "tf_gpt2.tokenizer.encoder",
-    "Completion": "tf_gpt2.completion",
+    "Completion": "tf_gpt2.text.pieces",
     "GenerationResult": "tf_gpt2.generation.result",
-    "Perplexity": "tf_gpt2.perplexity",
+    "Perplexity": "tf_gpt2.text.perplexity",
     "Score": "tf_gpt2.generation.scoring",
-    "TextGenerator": "tf_gpt2.pipeline",
+    "TextGenerator": "tf_gpt2.text.generator",
     "beam_search": "tf_gpt2.generation.beam",
     "download_gpt2_files": "tf_gpt2.checkpoint.download",
     "export_saved_model": "tf_gpt2.serving.export",
     "generate": "tf_gpt2.generation.generate",
-    "get_encoder": "tf_gpt2.tokenizer.encoder",
-    "load_encoder_hparams_and_params": "tf_gpt2.loading",
+    "get_encoder": "tf_gpt2.checkpoint.load",
+    "load_encoder_hparams_and_params": "tf_gpt2.checkpoint.load",
     "load_gpt2_params_from_tf_ckpt": "tf_gpt2.checkpoint.openai",
     "save_gpt2_params_to_tf_ckpt": "tf_gpt2.checkpoint.openai",
     "GPT2Error": "tf_gpt2.errors",
@@ -44,7 +44,7 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.import_module("tf_gpt2.package").package_version()
+        return importlib.import_module("tf_gpt2._version").package_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'tf_gpt2' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -16,7 +16,7 @@ from tf_gpt2 import GPT2Model
 from tf_gpt2.generation.prompts import check_prompts, pad
 from tf_gpt2.generation.run import Run
 from tf_gpt2.generation.settings import make_limits, make_sampling
-from tf_gpt2.pipeline import DTYPES
+from tf_gpt2.text.generator import DTYPES
 
 
 class TFGPT2:

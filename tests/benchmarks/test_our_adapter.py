@@ -8,7 +8,7 @@ import pytest
 from benchmarks.peers.protocol import Worker
 from tf_gpt2 import GPT2Model, generate
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.pipeline import DTYPES
+from tf_gpt2.text.generator import DTYPES
 
 
 @pytest.mark.parametrize("precision", DTYPES)

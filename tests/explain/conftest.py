@@ -3,7 +3,7 @@
 import pytest
 
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text.generator import TextGenerator
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from tf_gpt2.generation.loop import feed_several, grow, prefill
 from tf_gpt2.generation.run import CompiledLoop
 from tf_gpt2.generation.transposed import transposed_of
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text.generator import TextGenerator
 
 CONFIG = GPT2Config(n_vocab=23, n_ctx=72, n_embd=12, n_head=3, n_layer=2)
 PROMPTS = [[3, 1, 4, 1, 5], [2], [9, 2, 6] * 5]

@@ -20,9 +20,10 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tf_gpt2.checkpoint.load import get_encoder
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.tokenizer import encoder as encoder_module
-from tf_gpt2.tokenizer.encoder import CHUNK, PATTERN, WHITE_SPACE, Encoder, bytes_to_unicode, get_encoder
+from tf_gpt2.tokenizer.encoder import CHUNK, PATTERN, WHITE_SPACE, Encoder, bytes_to_unicode
 
 # Unassigned code points (Cn) stay out of what is compared: the libraries have different versions of Unicode's tables,
 # so what is unassigned to one is a letter to another. Surrogates (Cs) have a test of their own.

@@ -15,7 +15,7 @@ import tensorflow as tf
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.model.attention_maps import logits_and_attention
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text.generator import TextGenerator
 from tf_gpt2.tokenizer.encoder import Encoder
 
 MAX_TOKENS = 256

@@ -17,15 +17,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_gpt2._version import package_version
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.settings import check_counts
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.package import package_version
-from tf_gpt2.pipeline import TextGenerator
 from tf_gpt2.serving.prompts import PromptReader
 from tf_gpt2.serving.signatures import ServedFunctions
 from tf_gpt2.serving.warmup import RECORDS_PATH, Request, plain_requests, write_warmup_records, xla_requests
+from tf_gpt2.text.generator import TextGenerator
 from tf_gpt2.tokenizer.encoder import Encoder
 
 OnStep = Callable[[str], None]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tf_gpt2.generation.state import Limits
-from tf_gpt2.pipeline import TextGenerator
 from tf_gpt2.serving.graph_loop import Continued, GraphLoop, Prompts
 from tf_gpt2.serving.options import (
     GENERATE_OPTIONS,
@@ -39,6 +38,7 @@ from tf_gpt2.serving.prompts import (
     one_length_per_row,
 )
 from tf_gpt2.serving.text import certain_text
+from tf_gpt2.text.generator import TextGenerator
 
 MOST_LOGITS = 2**28
 """Numbers that ``logits`` gives at once: a message of gRPC holds 2 GB."""

@@ -20,7 +20,6 @@ from typing import SupportsIndex
 
 import regex
 
-from tf_gpt2.checkpoint.download import VOCABULARY_FILES, resolve_checkpoint
 from tf_gpt2.errors import CheckpointError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -229,11 +228,6 @@ class Encoder:
         for token in self.encoder.keys() - made:
             if self.pat.fullmatch(self.decode([self.encoder[token]])):
                 raise ValueError(f"no merge makes the token {token!r}")
-
-
-def get_encoder(model_name: str, models_dir: str | Path) -> Encoder:
-    """Reads the vocabulary in ``{models_dir}/{model_name}``; raises what ``Encoder.from_files`` does."""
-    return Encoder.from_files(resolve_checkpoint(model_name, models_dir, needed=VOCABULARY_FILES))
 
 
 def _merge(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:

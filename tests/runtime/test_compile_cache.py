@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tf_gpt2 import compile_cache
+from tf_gpt2.runtime import compile_cache
 
 PROGRAM = """
 import tf_gpt2

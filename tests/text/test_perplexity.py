@@ -13,8 +13,8 @@ import reference
 from tf_gpt2 import cli
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.perplexity import Perplexity
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text.generator import TextGenerator
+from tf_gpt2.text.perplexity import Perplexity
 from tf_gpt2.tokenizer.encoder import Encoder
 
 HELD_OUT = """\

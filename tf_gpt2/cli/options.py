@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tf_gpt2.config import SIZES
 
 if TYPE_CHECKING:
-    from tf_gpt2.pipeline import TextGenerator
+    from tf_gpt2.text.generator import TextGenerator
 
 
 SAMPLING_FLAGS = {
@@ -81,7 +81,7 @@ def load_generator(folder: Path, options: argparse.Namespace) -> TextGenerator:
     """Starts TensorFlow and loads a model."""
     import tensorflow as tf
 
-    from tf_gpt2.pipeline import TextGenerator
+    from tf_gpt2.text.generator import TextGenerator
 
     if options.threads is not None:
         tf.config.threading.set_intra_op_parallelism_threads(options.threads)

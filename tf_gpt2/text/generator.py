@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_gpt2.batches import check_text, check_texts, complete_many, encode_prompt
-from tf_gpt2.completion import TextPieces, check_stops, texts_of
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.generate import stream, warm_up
 from tf_gpt2.generation.scoring import Progress, score
 from tf_gpt2.generation.settings import SamplingOptions, check_names
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.perplexity import Perplexity, measure_perplexity
+from tf_gpt2.text.batches import check_text, check_texts, complete_many, encode_prompt
+from tf_gpt2.text.perplexity import Perplexity, measure_perplexity
+from tf_gpt2.text.pieces import TextPieces, check_stops, texts_of
 from tf_gpt2.tokenizer.encoder import Encoder
 
 if TYPE_CHECKING:

@@ -1,12 +1,11 @@
-"""The reference notebook's one door, ``load_encoder_hparams_and_params``. Knows nothing of models."""
+"""A model's name -> its vocabulary, hyperparameters and weights. Imports TensorFlow only to read weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tf_gpt2.checkpoint.download import resolve_checkpoint
-from tf_gpt2.checkpoint.openai import load_gpt2_params_from_tf_ckpt
+from tf_gpt2.checkpoint.download import VOCABULARY_FILES, resolve_checkpoint
 from tf_gpt2.checkpoint.params import Tree
 from tf_gpt2.config import read_hparams
 from tf_gpt2.tokenizer.encoder import Encoder
@@ -32,6 +31,13 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str | Path) -> 
         >>> params["wte"].shape == (hparams["n_vocab"], hparams["n_embd"])
         True
     """
+    from tf_gpt2.checkpoint.openai import load_gpt2_params_from_tf_ckpt  # imports TensorFlow
+
     folder = resolve_checkpoint(model_size, models_dir)
     hparams = read_hparams(folder / "hparams.json")
     return Encoder.from_files(folder), hparams, load_gpt2_params_from_tf_ckpt(folder, hparams)
+
+
+def get_encoder(model_name: str, models_dir: str | Path) -> Encoder:
+    """Reads the vocabulary in ``{models_dir}/{model_name}``; raises what ``Encoder.from_files`` does."""
+    return Encoder.from_files(resolve_checkpoint(model_name, models_dir, needed=VOCABULARY_FILES))

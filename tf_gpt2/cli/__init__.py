@@ -13,13 +13,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tf_gpt2.config import SIZES, GPT2Config
-from tf_gpt2.errors import GPT2Error
-from tf_gpt2.interactive import add_interactive
-from tf_gpt2.package import package_version
-from tf_gpt2.process import collect_seldom, restart_with_huge_pages
-from tf_gpt2.serving_commands import add_export
-from tf_gpt2.terminal import (
+from tf_gpt2._version import package_version
+from tf_gpt2.cli.export import add_export
+from tf_gpt2.cli.interactive import add_interactive
+from tf_gpt2.cli.measure import add_explain, add_perplexity
+from tf_gpt2.cli.options import (
     add_generation_options,
     add_model_options,
     add_speed_options,
@@ -31,7 +29,9 @@ from tf_gpt2.terminal import (
     read_argument,
     write,
 )
-from tf_gpt2.text_commands import add_explain, add_perplexity
+from tf_gpt2.config import SIZES, GPT2Config
+from tf_gpt2.errors import GPT2Error
+from tf_gpt2.runtime.memory import collect_seldom, restart_with_huge_pages
 
 FAILURE, INTERRUPTED = 1, 130
 
@@ -200,7 +200,7 @@ def run_download(options: argparse.Namespace) -> None:
 
 def run_encode(options: argparse.Namespace) -> None:
     """Prints the ids, separated by spaces."""
-    from tf_gpt2.tokenizer.encoder import get_encoder
+    from tf_gpt2.checkpoint.load import get_encoder
 
     encoder = get_encoder(options.model_size, options.models_dir)
     write(" ".join(map(str, encoder.encode(read_argument(options.text)))) + "\n")
@@ -208,7 +208,7 @@ def run_encode(options: argparse.Namespace) -> None:
 
 def run_decode(options: argparse.Namespace) -> None:
     """Prints the text."""
-    from tf_gpt2.tokenizer.encoder import get_encoder
+    from tf_gpt2.checkpoint.load import get_encoder
 
     words = read_argument("-").split() if options.ids == ["-"] else options.ids
     encoder = get_encoder(options.model_size, options.models_dir)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tf_gpt2 import process
+from tf_gpt2.runtime import memory as process
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_users_allocator_stays(monkeypatch):
 def test_garbage_is_looked_for_seldom_and_not_at_exit():
     code = """
 import atexit, gc
-from tf_gpt2.process import collect_seldom
+from tf_gpt2.runtime.memory import collect_seldom
 atexit.register(lambda: print(gc.get_freeze_count() > 0))  # called after what was registered later
 collect_seldom()
 print(gc.isenabled(), gc.get_threshold()[0] > 10_000)

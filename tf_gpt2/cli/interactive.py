@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.terminal import (
+from tf_gpt2.cli.options import (
     add_generation_options,
     add_model_options,
     add_speed_options,
@@ -23,9 +22,10 @@ from tf_gpt2.terminal import (
     quiet_tensorflow,
     write,
 )
+from tf_gpt2.errors import ContextLengthError
 
 if TYPE_CHECKING:
-    from tf_gpt2.conversation import Conversation
+    from tf_gpt2.text.conversation import Conversation
 
 Notify = Callable[[str], None]
 """Says something to the user that is no text of the model's."""
@@ -64,7 +64,7 @@ def run_interactive(options: argparse.Namespace) -> None:
             print(text, file=stderr, flush=True)
 
         generator = load_generator(folder, options)
-        from tf_gpt2.conversation import Conversation
+        from tf_gpt2.text.conversation import Conversation
 
         conversation = Conversation(generator)
         if sys.stdin.isatty():

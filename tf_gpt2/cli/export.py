@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from tf_gpt2.terminal import (
+from tf_gpt2.cli.options import (
     add_model_options,
     add_speed_options,
     find_model,

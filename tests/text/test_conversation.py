@@ -13,10 +13,10 @@ import time
 import pytest
 
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.conversation import Conversation
+from tf_gpt2.cli.interactive import take_turn
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.interactive import take_turn
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text.conversation import Conversation
+from tf_gpt2.text.generator import TextGenerator
 
 COMMAND = [sys.executable, "-m", "tf_gpt2", "interactive", "--model_size", "tiny"]
 

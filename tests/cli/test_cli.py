@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tf_gpt2 import cli, terminal
+from tf_gpt2 import cli
+from tf_gpt2.cli import options as terminal
 
 TINY = ["--model_size", "tiny"]
 
@@ -32,7 +33,7 @@ def greedy(folder):
 
 def test_generate_prints_the_completion_and_nothing_else(greedy):
     from tf_gpt2.checkpoint.download import embedded_dir
-    from tf_gpt2.pipeline import TextGenerator
+    from tf_gpt2.text.generator import TextGenerator
 
     expected = TextGenerator.from_checkpoint(embedded_dir()).generate("To be", max_new_tokens=40)
     assert greedy.returncode == 0
@@ -108,7 +109,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 
 
 def test_sampling_flags_reach_generate(capfdbinary, monkeypatch):
-    from tf_gpt2.pipeline import TextGenerator
+    from tf_gpt2.text.generator import TextGenerator
 
     seen = {}
     monkeypatch.setattr(TextGenerator, "generate", lambda self, prompts, **options: seen.update(options) or ["text"])

@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tf_gpt2.checkpoint.download import FILES, VOCABULARY_FILES, embedded_dir
+from tf_gpt2.checkpoint.load import load_encoder_hparams_and_params
 from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
 from tf_gpt2.config import GPT2Config, read_hparams
-from tf_gpt2.conversation import Conversation
 from tf_gpt2.errors import CheckpointError, ContextLengthError, ParamsError
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.run import Run, loop_of
-from tf_gpt2.loading import load_encoder_hparams_and_params
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text.conversation import Conversation
+from tf_gpt2.text.generator import TextGenerator
 from tf_gpt2.tokenizer.encoder import Encoder
 
 generate_module = importlib.import_module("tf_gpt2.generation.generate")

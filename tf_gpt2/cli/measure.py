@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from tf_gpt2.terminal import (
+from tf_gpt2.cli.options import (
     add_model_options,
     add_speed_options,
     find_model,
@@ -31,7 +31,7 @@ from tf_gpt2.terminal import (
 
 if TYPE_CHECKING:
     from tf_gpt2.generation.scoring import Progress
-    from tf_gpt2.perplexity import Perplexity
+    from tf_gpt2.text.perplexity import Perplexity
 
 
 def add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

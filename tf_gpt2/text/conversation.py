@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from tf_gpt2.completion import TextPieces, check_stops
 from tf_gpt2.generation.session import Session
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text.generator import TextGenerator
+from tf_gpt2.text.pieces import TextPieces, check_stops
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import lively_params
 
-from tf_gpt2 import batches
-from tf_gpt2.batches import BATCHES_PER_WINDOW, Prompt
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
@@ -19,7 +17,9 @@ from tf_gpt2.generation.generate import generate
 from tf_gpt2.generation.loop import bucket
 from tf_gpt2.generation.run import Run, loop_of
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text import batches
+from tf_gpt2.text.batches import BATCHES_PER_WINDOW, Prompt
+from tf_gpt2.text.generator import TextGenerator
 from tf_gpt2.tokenizer.encoder import Encoder
 
 N_CTX = 40
@@ -199,7 +199,7 @@ def test_a_thousand_prompts_take_the_memory_of_a_few(run_python):
     program = """
 import resource, sys
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.pipeline import TextGenerator
+from tf_gpt2.text.generator import TextGenerator
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -1,0 +1,1 @@
+"""The process a model runs in: compiled code on disk, memory."""

@@ -1,0 +1,1 @@
+"""Text -> text: completions, conversations, perplexity."""
