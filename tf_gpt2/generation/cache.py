@@ -116,68 +116,6 @@ class DecodeLayer:
         return self.keys, self.values, self.slots.mask
 
 
-class Grid(NamedTuple):
-    """The same places for all steps of a loop outside of XLA, in a cache that is one list of entries, (B*H*S, 1, D).
-
-    Attributes:
-        firsts: int32 (B*H,), where each row's entries begin.
-        columns: int32 (S,), the positions.
-        shape: int32 (3,), of keys or values, (B*H, S, D).
-        n_head: H.
-    """
-
-    firsts: tf.Tensor
-    columns: tf.Tensor
-    shape: tf.Tensor
-    n_head: int
-
-    @classmethod
-    def of(cls, like: tf.Tensor, n_head: int) -> Grid:
-        """Makes it for parts ``like`` this, (B*H, S, D)."""
-        n_rows, n_slots, _ = shape_of(like)
-        return cls(tf.range(n_rows) * n_slots, tf.range(n_slots), tf.shape(like), n_head)
-
-    def inside(self, positions: tf.Tensor) -> tf.Tensor:
-        """Takes what lies behind the last position to it: there is the next row's first."""
-        return tf.minimum(positions, self.columns[-1])
-
-    def at(self, positions: tf.Tensor) -> SlotsInPlace:
-        """Gives the slots of one position a row, int32 (B,), which must be inside."""
-        of_heads = tf.reshape(tf.tile(positions[:, None], (1, self.n_head)), (-1,))  # (B*H,)
-        return SlotsInPlace(self.firsts + of_heads, self.columns <= tf.reshape(of_heads, (-1, 1, 1)), self.shape)
-
-    def as_entries(self, part: tf.Tensor) -> tf.Tensor:
-        """Takes keys or values, (B*H, S, D), as entries, (B*H*S, 1, D)."""
-        return tf.reshape(part, (-1, 1, part.shape[-1]))
-
-    def as_part(self, entries: tf.Tensor) -> tf.Tensor:
-        """Takes entries, (B*H*S, 1, D), as keys or values, (B*H, S, D)."""
-        return tf.reshape(entries, self.shape)
-
-
-class EntryLayer:
-    """As ``DecodeLayer``, of a cache that is a list of entries: what is written in place takes no other form then.
-
-    Args:
-        keys: (B*H*S, 1, D).
-        values: (B*H*S, 1, D).
-        slots: where the new entries go, one a row.
-    """
-
-    def __init__(self, keys: tf.Tensor, values: tf.Tensor, slots: SlotsInPlace):
-        self.keys = keys
-        self.values = values
-        self.slots = slots
-
-    def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Writes keys and values (B*H, 1, D) in place; gives the whole cache, (B*H, S, D), and the mask (B*H, 1, S)."""
-        k, v = tf.cast(k, self.keys.dtype), tf.cast(v, self.values.dtype)
-        places, mask, shape = self.slots
-        self.keys = tf.raw_ops.InplaceUpdate(x=self.keys, i=places, v=k)
-        self.values = tf.raw_ops.InplaceUpdate(x=self.values, i=places, v=v)
-        return tf.reshape(self.keys, shape), tf.reshape(self.values, shape), mask
-
-
 def for_samples(rows: tf.Tensor, n_samples: int) -> tf.Tensor:
     """Gives each prompt's row to all its samples: (B, …) -> (B*N, …); for one a known number of rows stays known."""
     return rows if n_samples == 1 else tf.repeat(rows, n_samples, axis=0)

@@ -15,14 +15,11 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, for_samples, repeat_heads, slots_at, with_room
-from tf_gpt2.generation.lean_choice import Choice, Draw, Likeliest, asks_for_no_more
-from tf_gpt2.generation.lean_loop import decode_lean, is_small, may_decode_lean
 from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import Sampling, asks_for_more, choose
+from tf_gpt2.generation.sampling import Sampling, choose
 from tf_gpt2.generation.state import Limits, State, is_active, is_stop
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.loops import as_one_node, is_plain, plain_loop
-from tf_gpt2.model.one_thread import on_processor
+from tf_gpt2.model.loops import plain_loop
 from tf_gpt2.model.products import shape_of
 
 SMALLEST_BUCKET = 16
@@ -76,33 +73,6 @@ def read_prompts(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, list[Pref
 
 def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
     """Appends up to ``n_steps`` tokens to each row; stops early when no row goes on."""
-
-    def decode_anywhere() -> State:
-        return decode_with(model, state, sampling, limits, n_steps)
-
-    def decode_on_processor(choice: Choice) -> State:
-        return decode_lean(model, state, choice, limits, n_steps)
-
-    def draw() -> State:
-        if not is_small(model):  # a large one gains nothing
-            return decode_anywhere()
-        return tf.cond(
-            on_processor() & asks_for_no_more(sampling),
-            as_one_node(lambda: decode_on_processor(Draw.of(sampling, model.config.n_vocab))),
-            as_one_node(decode_anywhere),
-        )
-
-    if not (is_plain() and may_decode_lean(model, state)):
-        return decode_anywhere()
-    return tf.cond(
-        on_processor() & ~asks_for_more(sampling),
-        as_one_node(lambda: decode_on_processor(Likeliest())),
-        as_one_node(draw),
-    )
-
-
-def decode_with(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
-    """Decodes, wherever it runs."""
 
     def goes_on(state: State) -> tf.Tensor:
         return tf.reduce_any(is_active(state, limits))

@@ -52,14 +52,6 @@ class Processing(NamedTuple):
     min_new_tokens: tf.Tensor
 
 
-def asks_for_processing(processing: Processing) -> tf.Tensor:
-    """Says whether any row may ever ask for it: bool ()."""
-    p = processing
-    penalties = (p.repetition_penalty != 1) | (p.presence_penalty != 0) | (p.frequency_penalty != 0)
-    bans = (p.no_repeat_ngram_size > 0) | (p.min_new_tokens > 0)
-    return tf.reduce_any(penalties | bans) | tf.reduce_any(p.bad_words >= 0) | tf.reduce_any(p.bias != 0)
-
-
 def process(logits: tf.Tensor, processing: Processing, history: History, stop_ids: tf.Tensor) -> tf.Tensor:
     """Applies bias, penalties and bans to float32 (B, V); what is banned becomes -inf.
 

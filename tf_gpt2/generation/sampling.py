@@ -11,7 +11,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_gpt2.generation.filters import FILTERS, TYPICAL_P, keep_likeliest, keep_min_p, keep_part
-from tf_gpt2.generation.processors import History, Processing, apply_if, asks_for_processing, process
+from tf_gpt2.generation.processors import History, Processing, apply_if, process
 from tf_gpt2.generation.random import gumbel
 from tf_gpt2.model.loops import is_plain
 
@@ -41,11 +41,6 @@ class Sampling(NamedTuple):
     processing: Processing
     n_before: tf.Tensor
     n_new: tf.Tensor
-
-
-def asks_for_more(sampling: Sampling) -> tf.Tensor:
-    """Says whether any row asks for more than its likeliest token: bool ()."""
-    return tf.reduce_any(sampling.temperature > 0) | asks_for_processing(sampling.processing)
 
 
 def choose(logits: tf.Tensor, sampling: Sampling, history: History, stop_ids: tf.Tensor) -> tf.Tensor:

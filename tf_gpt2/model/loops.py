@@ -70,13 +70,6 @@ def plain_loop(weights: Iterable[tf.Variable]) -> contextlib.AbstractContextMana
     )
 
 
-def read_before_loop(variables: Iterable[tf.Variable]) -> contextlib.AbstractContextManager[None]:
-    """Reads variables here, once, and not at each step of the loop whose body is traced inside."""
-    loop = loop_around()
-    values = {id(variable): tf.convert_to_tensor(variable) for variable in variables}
-    return inside(loop and loop._replace(values=values))
-
-
 def value_in_loop(variable: Any) -> tf.Tensor:
     """Gives what a variable holds: as read before the loop around, or read now."""
     loop = loop_around()
