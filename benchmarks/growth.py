@@ -29,9 +29,9 @@ from tf_gpt2 import GPT2Model
 from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.generation.loop import bucket, grow
+from tf_gpt2.generation.options import make_limits, make_sampling
 from tf_gpt2.generation.prompts import pad
 from tf_gpt2.generation.run import CompiledLoop
-from tf_gpt2.generation.settings import make_limits, make_sampling
 from tf_gpt2.model.layers import CausalSelfAttention
 from tf_gpt2.text.generator import DTYPES
 

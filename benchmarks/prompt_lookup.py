@@ -33,8 +33,8 @@ from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.config import SIZES
 from tf_gpt2.generation.generate import check_prompts, generate, pad
-from tf_gpt2.generation.lookup_run import LookupRun
-from tf_gpt2.generation.settings import make_limits, make_sampling
+from tf_gpt2.generation.lookup import LookupRun
+from tf_gpt2.generation.options import make_limits, make_sampling
 from tf_gpt2.text.generator import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "prompt_lookup.json"

@@ -1,59 +1,16 @@
-"""GPT-2 once more, in float64 NumPy: the whole attention matrix, one row at a time, no cache, no TensorFlow.
+"""What tests compare with: the package's NumPy GPT-2, losses, the sampling filters by sorting, lively random weights.
 
-Written from the papers, with nothing of the package, so that a slip in one of the two shows. Also the sampling filters
-by sorting, and random weights at which each part of the model matters.
-
-Sources: Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (attention), Ba et al. 2016 (layer norm), Hendrycks and Gimpel
-2016 (gelu), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p), Meister et al. 2022 (typical-p).
+Sources: Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p), Meister et al. 2022 (typical-p).
 """
 
 import numpy as np
 
+from tf_gpt2.reference import as_float64, gelu, layer_norm, logits, softmax  # noqa: F401
+
 
 def forward(params, ids, *, n_head):
     """Logits at each position of one row: ids (T,) -> float64 (T, V)."""
-    x = as_float64(params["wte"][ids]) + as_float64(params["wpe"][: len(ids)])
-    for block in params["blocks"]:
-        x = transform(block, x, n_head=n_head)
-    return layer_norm(params["ln_f"], x) @ as_float64(params["wte"]).T
-
-
-def transform(block, x, *, n_head):
-    x = x + attention(block["attn"], layer_norm(block["ln_1"], x), n_head=n_head)
-    return x + mlp(block["mlp"], layer_norm(block["ln_2"], x))
-
-
-def attention(params, x, *, n_head):
-    n_positions, n_embd = x.shape
-    q, k, v = np.split(linear(params["c_attn"], x), 3, axis=1)
-    heads = []
-    for q_head, k_head, v_head in zip(*(np.split(part, n_head, axis=1) for part in (q, k, v)), strict=True):
-        scores = q_head @ k_head.T / np.sqrt(n_embd / n_head)
-        scores[np.triu_indices(n_positions, k=1)] = -np.inf
-        heads.append(softmax(scores) @ v_head)
-    return linear(params["c_proj"], np.concatenate(heads, axis=1))
-
-
-def mlp(params, x):
-    return linear(params["c_proj"], gelu(linear(params["c_fc"], x)))
-
-
-def linear(params, x):
-    return x @ as_float64(params["w"]) + as_float64(params["b"])
-
-
-def layer_norm(params, x):
-    mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
-    return (x - mean) / np.sqrt(variance + 1e-5) * as_float64(params["g"]) + as_float64(params["b"])
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def softmax(x):
-    powers = np.exp(x - x.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    return logits(ids, params, n_head)
 
 
 def log_softmax(x):
@@ -63,10 +20,6 @@ def log_softmax(x):
 def loss(params, ids, targets, *, n_head):
     """Mean cross-entropy of one row in nats."""
     return -log_softmax(forward(params, ids, n_head=n_head))[np.arange(len(ids)), targets].mean()
-
-
-def as_float64(x):
-    return np.asarray(x).astype(np.float64)
 
 
 # ---- sampling

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tf_gpt2 import GPT2Model, beam_search, cli, generate
-from tf_gpt2.generation.beam_loop import beam_loop_of
+from tf_gpt2.generation.beam import beam_loop_of
+from tf_gpt2.generation.options import RULES, SamplingOptions
 from tf_gpt2.generation.run import loop_of
-from tf_gpt2.generation.settings import RULES, SamplingOptions
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")

@@ -15,8 +15,7 @@ from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.generation.beam import BeamSearchResult, beam_search
-from tf_gpt2.generation.beam_loop import beam_loop_of
+from tf_gpt2.generation.beam import BeamSearchResult, beam_loop_of, beam_search
 from tf_gpt2.generation.generate import generate
 from tf_gpt2.model.gpt2 import GPT2Model
 

@@ -11,14 +11,15 @@ import tensorflow as tf
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, slots_at
+from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.generate import make_limits, make_sampling
-from tf_gpt2.generation.loop import grow
-from tf_gpt2.generation.run import CompiledLoop
-from tf_gpt2.generation.transposed import transposed_of
+from tf_gpt2.generation.loop import decode, grow, prefill
+from tf_gpt2.model.arithmetic import graph, plain, xla
+from tf_gpt2.model.arithmetic.xla import MOST_ROWS_APART
+from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.loops import compiled_loop, plain_loop
-from tf_gpt2.model.products import MOST_ROWS_APART
+from tf_gpt2.model.network import network_of
+from tf_gpt2.runtime.tf_internals import address
 
 # two heads of width 32, 24 or 64 places: no weight has the shape of the cache
 CONFIG = GPT2Config(n_vocab=200, n_ctx=72, n_embd=64, n_head=2, n_layer=2)
@@ -35,73 +36,58 @@ def numbers(*shape, seed=0):
 # ---- what it holds
 
 
-def test_prefill_keeps_keys_and_values_and_hides_the_future():
-    layer, k, v = PrefillLayer(), numbers(6, 4, 5), numbers(6, 4, 5, seed=1)
-    keys, values, mask = layer.update(k, v)
-    np.testing.assert_array_equal(keys, k)
-    np.testing.assert_array_equal(values, v)
-    np.testing.assert_array_equal(np.broadcast_to(mask, (1, 4, 4))[0], np.tril(np.ones((4, 4), bool)))
+ALL = {"plain": plain, "graph": graph, "xla": xla}
 
 
-LOOPS = {"compiled": compiled_loop, "plain": lambda: plain_loop([])}
-
-
-@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("ops", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("positions", [[[2], [0], [6]], [[2, 3], [0, 1], [5, 6]]], ids=["one token", "two tokens"])
-def test_decode_writes_each_row_at_its_place_and_shows_what_is_up_to_there(positions, loop):
+def test_decode_writes_each_row_at_its_place_and_shows_what_is_up_to_there(positions, ops):
     n_head, n_fed = 2, len(positions[0])
-    before = numbers(6, 7, 5).numpy().copy(), numbers(6, 7, 5, seed=1).numpy().copy()
+    before = numbers(6, 7, 5).numpy(), numbers(6, 7, 5, seed=1).numpy()
     new = numbers(6, n_fed, 5, seed=2), numbers(6, n_fed, 5, seed=3)
-    with loop():
-        slots = slots_at(tf.constant(positions), n_head, tf.constant(before[0]))
-        layer = DecodeLayer(*map(tf.constant, before), slots)
-        *after, mask = layer.update(*new)
-    mask = np.broadcast_to(mask, (6, n_fed, 7))
+    network = network_of(GPT2Model(CONFIG), ops)
+    (past,) = network._place(tf.constant(positions), [KeyValues(*map(tf.constant, before))])
+    after = [ops.write(part.numpy(), x, past.places).numpy() for part, x in zip(past[:2], new, strict=True)]
+    mask = np.broadcast_to(past.mask, (6, n_fed, 7))
     for row in range(6):
         places = positions[row // n_head]
         for x_after, x_before, x_new in zip(after, before, new, strict=True):
-            np.testing.assert_array_equal(x_after.numpy()[row, places], x_new[row])
+            np.testing.assert_array_equal(x_after[row, places], x_new[row])
             np.testing.assert_array_equal(np.delete(x_after[row], places, 0), np.delete(x_before[row], places, 0))
         assert mask[row].tolist() == [[slot <= place for slot in range(7)] for place in places]
-    assert [layer.keys, layer.values] == after
 
 
-def address(x):
-    return np.asarray(x).ctypes.data
+def test_outside_of_xla_the_cache_is_written_in_place():
+    keys = numbers(6, 7, 5)
+    places = graph.places(tf.constant([[2], [2], [0], [0], [6], [6]]), keys)
+    assert address(graph.write(keys, numbers(6, 1, 5, seed=2), places)) == address(keys)
 
 
-def test_a_plain_loop_writes_in_place():
-    keys, values = numbers(6, 7, 5), numbers(6, 7, 5, seed=1)
-    with plain_loop([]):
-        layer = DecodeLayer(keys, values, slots_at(tf.constant([[2], [0], [6]]), 2, keys))
-        layer.update(numbers(6, 1, 5, seed=2), numbers(6, 1, 5, seed=3))
-    assert (address(layer.keys), address(layer.values)) == (address(keys), address(values))
-
-
-def test_what_a_plain_loop_writes_behind_a_full_row_goes_into_no_other():
-    before = numbers(6, 7, 5).numpy().copy()
-    with plain_loop([]):
-        slots = slots_at(tf.constant([[2], [9], [7]]), 2, tf.constant(before))
-        after = slots.write(tf.constant(before), numbers(6, 1, 5, seed=2)).numpy()
+def test_what_is_written_behind_a_full_row_goes_into_no_other():
+    before = numbers(6, 7, 5).numpy()
+    places = graph.places(tf.constant([[2], [2], [9], [9], [7], [7]]), tf.constant(before))
+    after = graph.write(tf.constant(before), numbers(6, 1, 5, seed=2), places).numpy()
     np.testing.assert_array_equal(np.delete(after[:2], 2, 1), np.delete(before[:2], 2, 1))
     np.testing.assert_array_equal(after[2:, :-1], before[2:, :-1])
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_state_can_be_continued_twice(jit_compile):
+def test_the_plain_loop_leaves_its_input_as_it_is(jit_compile):
+    """A state can be continued twice: the loop writes into a cache of its own."""
     model = GPT2Model(CONFIG)
     model.set_weights(lively_params(CONFIG))
     sampling = make_sampling(2, CONFIG, temperature=1.0, seed=3)
     limits = make_limits([np.ones(4)] * 2, 20, (), CONFIG)
-    loop = CompiledLoop(model, jit_compile=jit_compile)
-    state = grow(loop.prefill(tf.ones((2, 16), tf.int32), tf.fill([2], 4), 1, 0), N_SLOTS)
+    read = compiled(prefill, model, jit_compile=jit_compile)
+    go_on = compiled(decode, model, jit_compile=jit_compile, n_rows=2)
+    state = grow(read(tf.ones((2, 16), tf.int32), tf.fill([2], 4), 1, 0), N_SLOTS)
     before = [x.numpy().copy() for x in tf.nest.flatten(state)]
-    first, second = (loop.decode(state, sampling, limits, tf.constant(9)) for _ in range(2))
+    first, second = (go_on(state, sampling, limits, tf.constant(9)) for _ in range(2))
     for x, was in zip(tf.nest.flatten(state), before, strict=True):
         np.testing.assert_array_equal(x, was)
     for x, y in zip(tf.nest.flatten(first), tf.nest.flatten(second), strict=True):
         np.testing.assert_array_equal(x, y)
-    assert not np.array_equal(first.keys[0], before[-4])
+    assert not np.array_equal(first.cache[0].keys, before[-4])
 
 
 # ---- that it stays where it is
@@ -152,13 +138,11 @@ def program(request):
     sampling = make_sampling(n_rows, CONFIG, temperature=1.0, top_k=5, top_p=0.9, seed=0)
     limits = make_limits([np.ones(4)] * n_rows, 36, (), CONFIG)
     ids, lengths = tf.ones((n_rows, 16), tf.int32), tf.fill([n_rows], 4)
-    state = grow(CompiledLoop(model, jit_compile=False).prefill(ids, lengths), N_SLOTS)
-    arguments = state, sampling, limits, tf.constant(9)
-    copies = transposed_of(model)() if n_rows > 1 else ()
-    arguments = *arguments, copies
-    decode = CompiledLoop(model, jit_compile=True).decode
-    text = decode.function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
-    return text, [*tf.nest.flatten(arguments), *model.weights], n_rows, model.blocks[0].mlp.c_fc.w.dtype
+    state = grow(compiled(prefill, model, jit_compile=False)(ids, lengths), N_SLOTS)
+    bound = compiled(decode, model, jit_compile=True, n_rows=n_rows)
+    arguments = *bound.args, state, sampling, limits, tf.constant(9)
+    text = bound.func.function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+    return text, tf.nest.flatten(arguments), n_rows, model.blocks[0].mlp.c_fc.w.dtype
 
 
 def test_the_loop_copies_no_cache(program):
@@ -189,7 +173,9 @@ def test_every_argument_is_data(program):
     """A tensor that the program needs as a constant would be no parameter of it, and each value would compile anew."""
     text, arguments, *_ = program
     n_parameters = len(re.findall(r"^ENTRY .*?^}", text, re.S | re.M)[0].split(" parameter(")) - 1
-    assert n_parameters == len([part for part in arguments if 0 not in part.shape])  # XLA drops what is empty
+    assert n_parameters == len(
+        [part for part in arguments if part is not None and 0 not in part.shape]
+    )  # XLA drops what is empty
 
 
 def optimized(function, *arguments):

@@ -13,16 +13,15 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import lively_params
+from tf_gpt2.generation.transposed import transposed_of
 
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation import lookup, lookup_run
 from tf_gpt2.generation.generate import generate, make_limits, make_sampling, stream
-from tf_gpt2.generation.lookup import find_drafts
-from tf_gpt2.generation.lookup_run import LookupLoop, LookupRun, lookup_loop_of
+from tf_gpt2.generation.lookup import LookupLoop, LookupRun, find_drafts, lookup_loop_of
 from tf_gpt2.generation.loop import feed_several, grow, prefill
 from tf_gpt2.generation.run import CompiledLoop
-from tf_gpt2.generation.transposed import transposed_of
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.text.generator import TextGenerator
 
@@ -141,7 +140,7 @@ def test_drafts_are_those_of_a_plain_search(rows, rest):
 
 
 def blank_state(config, ids, lengths):
-    from tf_gpt2.generation.state import State
+    from tf_gpt2.generation.loop import State
 
     lengths = tf.constant(lengths, tf.int32)
     cache = (tf.zeros((config.n_head * len(ids), ids.shape[1] - 1, 1)),)

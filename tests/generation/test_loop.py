@@ -295,8 +295,8 @@ HEALTH = """
 import numpy as np, tensorflow as tf
 from tf_gpt2 import GPT2Config, GPT2Model, generate
 from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import choose
-from tf_gpt2.generation.settings import make_sampling
+from tf_gpt2.generation.choose import choose
+from tf_gpt2.generation.options import make_sampling
 for n_rows, n_vocab in [(3, 256), (2, 512), (1, 2048), (8, 64)]:
     config = GPT2Config(n_vocab=n_vocab, n_ctx=32, n_embd=1, n_head=1, n_layer=1)
     sampling = make_sampling(n_rows, config, temperature=1.0, top_k=7, top_p=0.9, min_p=0.1, typical_p=0.5)

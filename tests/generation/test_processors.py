@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tf_gpt2.config import GPT2Config
+from tf_gpt2.generation.options import make_sampling
 from tf_gpt2.generation.processors import History, process
-from tf_gpt2.generation.settings import make_sampling
 
 INF = float("inf")
 N_VOCAB, N_PLACES = 7, 12

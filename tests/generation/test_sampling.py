@@ -8,12 +8,12 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import kept_by_min_p, kept_by_top_k, kept_by_top_p, kept_by_typical_p, softmax
+from tf_gpt2.model.loops import plain_loop
 
 from tf_gpt2.config import GPT2Config
+from tf_gpt2.generation.choose import choose, filter_logits, first_largest
+from tf_gpt2.generation.options import make_sampling
 from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import choose, filter_logits, first_largest
-from tf_gpt2.generation.settings import make_sampling
-from tf_gpt2.model.loops import plain_loop
 
 INF = float("inf")
 # few different values, so that there are many ties

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.generation.settings import RULES, SamplingOptions, make_limits, make_sampling, pad_words
+from tf_gpt2.generation.options import RULES, SamplingOptions, make_limits, make_sampling, pad_words
 
 INF, NAN = math.inf, math.nan
 CONFIG = GPT2Config(n_vocab=9, n_ctx=12, n_embd=1, n_head=1, n_layer=1)

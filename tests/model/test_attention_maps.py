@@ -8,19 +8,20 @@ import tensorflow as tf
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.model.attention_maps import logits_and_attention
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.reference import block, linear
 
 
 def expected_attention(params, ids, *, n_head):
     """Float64 (L, H, T, S), written from the papers."""
     x = reference.as_float64(params["wte"][ids]) + reference.as_float64(params["wpe"][: len(ids)])
     maps = []
-    for block in params["blocks"]:
-        qkv = reference.linear(block["attn"]["c_attn"], reference.layer_norm(block["ln_1"], x))
+    for w in params["blocks"]:
+        qkv = linear(reference.layer_norm(x, w["ln_1"]), w["attn"]["c_attn"])
         q, k, _ = (np.split(part, n_head, axis=1) for part in np.split(qkv, 3, axis=1))
         scores = np.einsum("hqd,hkd->hqk", q, k) / np.sqrt(q[0].shape[1])
         scores[:, ~np.tri(len(ids), dtype=bool)] = -np.inf
         maps.append(reference.softmax(scores))
-        x = reference.transform(block, x, n_head=n_head)
+        x = block(x, w, n_head)
     return np.array(maps)
 
 

@@ -16,7 +16,7 @@ from test_huggingface import PYTHON, pytestmark  # noqa: F401
 from tf_gpt2 import GPT2Config, GPT2Model, beam_search
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.generation import beam
-from tf_gpt2.generation.beam_loop import Search
+from tf_gpt2.generation.beam import Search
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPT2Config(n_vocab=23, n_ctx=32, n_embd=24, n_head=3, n_layer=2)

@@ -13,7 +13,7 @@ import pytest
 import tf_gpt2
 from benchmarks.peers.protocol import run_prepare, write_model
 from tf_gpt2.checkpoint.params import leaves
-from tf_gpt2.generation.settings import SamplingOptions
+from tf_gpt2.generation.options import SamplingOptions
 
 ROOT = Path(__file__).parents[2]
 PEERS_DIR = os.environ.get("TF_GPT2_PEERS_DIR", "")

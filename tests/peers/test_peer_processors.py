@@ -11,9 +11,9 @@ import tensorflow as tf
 from test_huggingface import PYTHON, pytestmark  # noqa: F401
 
 from tf_gpt2 import GPT2Config
+from tf_gpt2.generation.choose import filter_logits
+from tf_gpt2.generation.options import make_sampling
 from tf_gpt2.generation.processors import History, process
-from tf_gpt2.generation.sampling import filter_logits
-from tf_gpt2.generation.settings import make_sampling
 
 N_VOCAB, N_PLACES, STOP_IDS = 30, 24, [3, 29]
 CONFIG = GPT2Config(n_vocab=N_VOCAB, n_ctx=N_PLACES, n_embd=1, n_head=1, n_layer=1)

@@ -1,51 +1,93 @@
-"""What is compiled for a model: made once, kept for as long as the model lives. Knows nothing of what it computes."""
+"""What is compiled: once for all models of one shape, whose weights are arguments.
+
+Knows nothing of what it computes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import gc
+import threading
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
 
+from tf_gpt2.checkpoint.params import map_leaves
+from tf_gpt2.config import GPT2Config
+from tf_gpt2.model.arithmetic import Ops, graph, xla
+from tf_gpt2.model.formulas import Weights
 from tf_gpt2.model.gpt2 import GPT2Model
-
-T = TypeVar("T")
+from tf_gpt2.model.network import Network, weights_of
+from tf_gpt2.model.weights import Matrix
+from tf_gpt2.runtime.tf_internals import address, call_flat, read_without_copy
 
 
 class Compiled:
-    """A function of a model and tensors as a ``tf.function``, which keeps what it has compiled.
+    """A function of a network and tensors as a ``tf.function``, which keeps what it has compiled.
 
     Args:
-        function: takes the model, tensors and integers; another shape or another integer is compiled by itself.
-        model: referred to weakly, so that it can be freed while its functions are remembered.
-        jit_compile: whether XLA compiles.
-
-    Attributes:
-        function: the ``tf.function``.
+        function: takes a ``Network``, tensors and integers; another shape or another integer is compiled by itself.
+        config: the hyperparameters of the models that it is for.
+        dtype: what they compute in.
+        ops: the arithmetic.
     """
 
-    def __init__(self, function: Callable[..., Any], model: GPT2Model, *, jit_compile: bool):
-        self.function = tf.function(bind_weakly(function, model), jit_compile=jit_compile, autograph=False)
-        self._traced: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    def __init__(self, function: Callable[..., Any], config: GPT2Config, dtype: str, ops: Ops):
+        def call(weights: Weights, *args: Any) -> Any:
+            return function(Network(ops.prepare(weights), config, dtype, ops), *args)
 
-    def __call__(self, *args: Any) -> Any:
+        self.function = tf.function(call, jit_compile=ops.JIT_COMPILE, autograph=False)
+        self._traced: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, weights: Weights, *args: Any) -> Any:
         """Calls it without TensorFlow's warning of frequent tracing: another shape is meant to trace."""
         if tf.config.functions_run_eagerly():  # someone looks for a fault
-            return self.function(*args)
-        key = tuple(x if isinstance(x, int) else (tuple(x.shape), x.dtype) for x in tf.nest.flatten(args))
-        if key not in self._traced:  # TensorFlow looks longer for it
+            return self.function(weights, *args)
+        flat_weights = [x for x in tf.nest.flatten(weights) if x is not None]
+        flat_args = tf.nest.flatten(args)
+        of_weights = tuple(x.dtype for x in flat_weights)  # their shapes follow from the config
+        of_args = tuple(x if isinstance(x, int) else (tuple(x.shape), x.dtype) for x in flat_args)
+        if (of_weights, of_args) not in self._traced:
             with without_collector():
-                self._traced[key] = self.function.get_concrete_function(*args)
-        return self._traced[key](*args)
+                self._traced[of_weights, of_args] = self.function.get_concrete_function(weights, *args)
+        handles = [x.handle if isinstance(x, tf.Variable) else x for x in flat_weights]
+        tensors = [x for x in flat_args if not isinstance(x, int)]
+        return call_flat(self._traced[of_weights, of_args], [*handles, *tensors])
 
     @property
     def n_traces(self) -> int:
         """How often a new shape was met: under XLA the number of compilations."""
         return int(self.function.experimental_get_tracing_count())
+
+
+@functools.cache
+def compiled_for(function: Callable[..., Any], config: GPT2Config, dtype: str, ops: Ops) -> Compiled:
+    """Returns the one ``Compiled`` of a function for all models of one shape and dtype."""
+    return Compiled(function, config, dtype, ops)
+
+
+def compiled(
+    function: Callable[..., Any], model: GPT2Model, *, jit_compile: bool, n_rows: int = 1
+) -> Callable[..., Any]:
+    """Returns a compiled function with a model's weights.
+
+    Args:
+        function: takes a ``Network``, tensors and integers.
+        model: whose weights to compute with; a later change of them counts, but in transposed twins.
+        jit_compile: whether XLA compiles.
+        n_rows: how many rows its products have: for several XLA uses transposed twins of the weights.
+
+    Raises:
+        ValueError: when a layer of the model has been replaced or changed.
+    """
+    ops: Any = xla if jit_compile else graph
+    weights = weights_of(model)
+    if jit_compile and n_rows > 1 and model.quantization is None:
+        weights = twins_of(model).add_to(weights)
+    return functools.partial(compiled_for(function, model.config, model.compute_dtype, ops), weights)
 
 
 @contextlib.contextmanager
@@ -60,28 +102,59 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def bind_weakly(function: Callable[..., Any], model: GPT2Model) -> Callable[..., Any]:
-    """Fixes the first argument without keeping it alive."""
-    reference = weakref.ref(model)
+class TransposedTwins:
+    """Transposed copies of a model's matrices, made when first asked for, and anew when one has changed since.
 
-    def bound(*args: Any) -> Any:
-        return function(reference(), *args)
+    A product of a few rows is 1.5 times as fast with them. Memory that is fresh at each call can cost more than what is
+    computed in it: a virtual machine may have to ask its host for each page. So it is taken once.
 
-    return bound
-
-
-def once_per_model(make: Callable[..., T]) -> Callable[..., T]:
-    """Makes ``make(model, jit_compile=…)`` give the same each time: compiling takes seconds, and belongs to the model.
-
-    What is made may refer to the model only weakly, see ``Compiled``, or the model is never freed.
+    Args:
+        dtype: what the model computes in: XLA multiplies numbers rounded to it.
     """
-    made: weakref.WeakKeyDictionary[GPT2Model, dict[bool, T]] = weakref.WeakKeyDictionary()
 
-    @functools.wraps(make)
-    def of_model(model: GPT2Model, *, jit_compile: bool) -> T:
-        known = made.setdefault(model, {})
-        if jit_compile not in known:
-            known[jit_compile] = make(model, jit_compile=jit_compile)
-        return known[jit_compile]
+    def __init__(self, dtype: str):
+        self._dtype = dtype
+        self._lock = threading.Lock()
+        self._originals: Sequence[tf.Tensor] = ()
+        self._twins: Sequence[tf.Tensor] = ()
 
-    return of_model
+    def add_to(self, weights: Weights) -> Weights:
+        """Returns the tree with twins; as it is where another device than the processor holds a matrix."""
+        variables = [leaf.value for leaf in matrices(weights)]
+        if not all("CPU" in variable.device for variable in variables):
+            return weights
+        with self._lock, tf.device("CPU"):
+            originals = [read_without_copy(variable) for variable in variables]
+            if [*map(address, originals)] != [*map(address, self._originals)]:
+                self._twins = self._originals = ()  # their memory first
+                self._twins = [transpose(original, self._dtype) for original in originals]
+                self._originals = originals
+            return with_twins(weights, self._twins)
+
+
+def matrices(weights: Weights) -> list[Matrix]:
+    """Returns the float matrices of a tree, in its order."""
+    found: list[Matrix] = []
+    map_leaves(lambda _, leaf: found.append(leaf) if isinstance(leaf, Matrix) else None, weights)
+    return found
+
+
+def with_twins(weights: Weights, twins: Sequence[tf.Tensor]) -> Weights:
+    """Returns the tree whose float matrices have twins, float32 (n_in, n_out) in the tree's order."""
+    rest = iter(twins)
+    return map_leaves(
+        lambda _, leaf: leaf._replace(transposed=next(rest)) if isinstance(leaf, Matrix) else leaf, weights
+    )
+
+
+def transpose(w: tf.Tensor, dtype: str) -> tf.Tensor:
+    """Transposes a matrix whose numbers are rounded to a dtype: (n_out, n_in) -> float32 (n_in, n_out)."""
+    return tf.transpose(tf.cast(tf.cast(w, dtype), tf.float32))
+
+
+_twins: weakref.WeakKeyDictionary[GPT2Model, TransposedTwins] = weakref.WeakKeyDictionary()
+
+
+def twins_of(model: GPT2Model) -> TransposedTwins:
+    """Returns a model's transposed twins, the same for all that ask; they go when the model goes."""
+    return _twins.setdefault(model, TransposedTwins(model.compute_dtype))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.model.loops import is_plain
+from tf_gpt2.model.arithmetic import Ops
 
 FILTERS = TOP_K, TOP_P, TYPICAL_P = range(3)
 """What is kept of the vocabulary, in the order in which it applies; min-p is a comparison and comes before the last."""
@@ -96,7 +96,7 @@ def keep_likeliest(logits: tf.Tensor, top_k: tf.Tensor, top_p: tf.Tensor, min_p:
     return tf.where(Cut.of(top_k, top_p, min_p, logits.shape[-1]).keeps(logits), logits, -float("inf"))
 
 
-def keep_part(logits: tf.Tensor, which: tf.Tensor, is_used: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+def keep_part(logits: tf.Tensor, which: tf.Tensor, is_used: tf.Tensor, target: tf.Tensor, ops: Ops) -> tf.Tensor:
     """Applies one of ``FILTERS``: sets logits to -inf but for the first, in its order, that together reach a target.
 
     - top-k: the largest logits, whose number reaches k; of equals the lower id stays.
@@ -112,12 +112,13 @@ def keep_part(logits: tf.Tensor, which: tf.Tensor, is_used: tf.Tensor, target: t
         which: int32 scalar.
         is_used: bool (B,); the other rows stay as they are.
         target: float32 (B,), k or p.
+        ops: the arithmetic.
     """
     keys = sortable(tf.cond(which == TYPICAL_P, lambda: typicality(logits), lambda: logits))  # (B, V)
     weights = tf.where(which == TOP_K, 1.0, tf.nn.softmax(logits))
     target = tf.maximum(target, LEAST_P)
 
-    threshold = find_threshold(keys, weights, target)
+    threshold = find_threshold(keys, weights, target, ops)
     larger, tied = keys > threshold[:, None], keys == threshold[:, None]  # (B, V)
     missing = target - sum_where(larger, weights)
     each = tf.reduce_max(tf.where(tied, weights, 0.0), axis=-1)
@@ -128,18 +129,19 @@ def keep_part(logits: tf.Tensor, which: tf.Tensor, is_used: tf.Tensor, target: t
     return tf.where(kept | ~is_used[:, None], logits, -float("inf"))
 
 
-def find_threshold(keys: tf.Tensor, weights: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+def find_threshold(keys: tf.Tensor, weights: tf.Tensor, target: tf.Tensor, ops: Ops) -> tf.Tensor:
     """Finds the largest key that with all larger ones reaches a target; of a row that never does, the least or less.
 
     Args:
         keys: uint32 (B, V).
         weights: float32 (B, V).
         target: float32 (B,).
+        ops: the arithmetic.
 
     Returns:
         uint32 (B,).
     """
-    if not is_plain():
+    if not ops.SORTS:
         return bisect(lambda t: sum_where(keys >= t[:, None], weights) >= target, target)
     n_keys = keys.shape[-1]
     largest = tf.math.top_k(keys, n_keys)  # outside of XLA sorting is faster

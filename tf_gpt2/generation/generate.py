@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tf_gpt2.generation.lookup_run import check_lookup
-from tf_gpt2.generation.prompts import check_prompts, fit_prompts, pad
-from tf_gpt2.generation.result import GenerationResult, Timings, make_result, new_ids
-from tf_gpt2.generation.run import Run, compile_run
-from tf_gpt2.generation.settings import (
+import numpy as np
+
+from tf_gpt2.generation.choose import Sampling
+from tf_gpt2.generation.lookup import LookupRun, check_lookup, is_large_enough
+from tf_gpt2.generation.loop import Limits
+from tf_gpt2.generation.options import (
     SamplingOptions,
     check_counts,
     check_max_new_tokens,
@@ -23,7 +24,9 @@ from tf_gpt2.generation.settings import (
     make_limits,
     make_sampling,
 )
-from tf_gpt2.generation.windows import SlidingRun, start_run
+from tf_gpt2.generation.prompts import SLIDE, check_prompts, fit_prompts, pad
+from tf_gpt2.generation.result import GenerationResult, Timings, make_result, new_ids
+from tf_gpt2.generation.run import Run, SlidingRun, compile_run
 from tf_gpt2.model.gpt2 import GPT2Model
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def generate(
         **options: how to choose, for all prompts or one value per prompt: ``temperature``, ``top_k``, ``top_p``,
             ``min_p``, ``typical_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``, ``seed``,
             ``no_repeat_ngram_size``, ``min_new_tokens``; for all ``logit_bias``, ``bad_words_ids``, ``suppress``.
-            ``tf_gpt2.generation.settings.SamplingOptions`` defines them. Without any the likeliest token is taken.
+            ``tf_gpt2.generation.options.SamplingOptions`` defines them. Without any the likeliest token is taken.
 
     Raises:
         ContextLengthError: when a prompt leaves no room in the window.
@@ -179,6 +182,28 @@ def stream(
         yield from in_pieces(run, len(rows[0]))
 
     return pieces()
+
+
+def start_run(
+    model: GPT2Model,
+    prompts: list[np.ndarray],
+    sampling: Sampling,
+    limits: Limits,
+    *,
+    max_new_tokens: int,
+    overflow: str,
+    prompt_lookup: bool = False,
+    n_samples: int = 1,
+    n_top: int = 0,
+    jit_compile: bool,
+) -> Run | SlidingRun:
+    """Reads the prompts, and gives what goes on from there: past the window where ``overflow`` says so."""
+    kept: Any = {"n_top": n_top, "jit_compile": jit_compile}
+    if overflow != SLIDE:
+        run = LookupRun if prompt_lookup and is_large_enough(model) else Run
+        return run(model, *pad(prompts, model.config), sampling, limits, n_samples=n_samples, **kept)
+    rows = [prompt for prompt in prompts for _ in range(n_samples)]
+    return SlidingRun(model, rows, sampling, limits.stop_ids, max_new_tokens=max_new_tokens, **kept)
 
 
 def in_pieces(run: Run | SlidingRun, n_known: int) -> Iterator[list[int]]:

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.loop import decode_step, feed_several
-from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import Sampling, choose
-from tf_gpt2.generation.state import Limits, State, is_active, is_stop
+from tf_gpt2.generation.choose import Sampling
+from tf_gpt2.generation.compiled import compiled
+from tf_gpt2.generation.loop import Limits, State, is_active, step, with_own_cache
+from tf_gpt2.generation.run import Run
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.network import Network
 
 N_DRAFTED = 3
 """Tokens of a draft. One pass over four tokens costs about 1.4 passes over one, over eight about twice as much."""
@@ -35,10 +36,13 @@ LONGEST_MATCH, SHORTEST_MATCH = 3, 2
 MEMORY = 0.75
 """How much of the hit rate is kept at each token: the last four count for two thirds."""
 
-SURE = 0.8
+LEAST_HIT_RATE = 0.8
 """The hit rate from which a copy of the weights is made: six tokens foreseen in a row. It costs about ten passes."""
 
-FREE_ROWS = 4
+SMALLEST = 3_000_000
+"""Parameters from which on look-up is used: a step of a smaller model is too short to gain what the rest costs."""
+
+ROWS_FOR_FREE = 4
 """In so many rows a product computes for as long as it reads its weight: a pass over n takes time as n + 4."""
 
 
@@ -60,7 +64,7 @@ class Lookup(NamedTuple):
     n_passes: tf.Tensor
 
 
-Step = Callable[[GPT2Model, Lookup, Sampling, Limits], Lookup]
+Step = Callable[[Network, Lookup, Sampling, Limits], Lookup]
 
 
 def start(state: State) -> Lookup:
@@ -97,84 +101,37 @@ def find_drafts(state: State) -> tuple[tf.Tensor, tf.Tensor]:
     return drafts, best[:, 0] // ids.shape[1] >= SHORTEST_MATCH
 
 
-def pays(lookup: Lookup, limits: Limits) -> tf.Tensor:
+def drafts_pay(lookup: Lookup, limits: Limits) -> tf.Tensor:
     """Says whether to check the drafts: a batch waits for its slowest row, so each row must gain."""
     active, rate = is_active(lookup.state, limits), lookup.hit_rate
     n_rows = active.shape[0]
-    cost = N_DRAFTED * n_rows / (n_rows + FREE_ROWS)  # in passes over one token per row
+    cost = N_DRAFTED * n_rows / (n_rows + ROWS_FOR_FREE)  # in passes over one token per row
     gain = tf.add_n([rate ** (i + 1) for i in range(N_DRAFTED)])  # tokens, if each is foreseen as often as of late
     return tf.reduce_any(active) & tf.reduce_all((lookup.is_found & (gain > cost)) | ~active)
 
 
-def pays_with_copy(lookup: Lookup, limits: Limits) -> tf.Tensor:
+def drafts_pay_with_twins(lookup: Lookup, limits: Limits) -> tf.Tensor:
     """Says whether to make what checking needs, and begin."""
-    is_sure = (lookup.hit_rate > SURE) | ~is_active(lookup.state, limits)
-    return pays(lookup, limits) & tf.reduce_all(is_sure)
+    is_sure = (lookup.hit_rate > LEAST_HIT_RATE) | ~is_active(lookup.state, limits)
+    return drafts_pay(lookup, limits) & tf.reduce_all(is_sure)
 
 
-def plain_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits) -> Lookup:
+def plain_step(network: Network, lookup: Lookup, sampling: Sampling, limits: Limits) -> Lookup:
     """Appends one token to each row, and sees whether look-up had foreseen it."""
     before = lookup.state
-    state = decode_step(model, before, sampling, limits)
+    state, _ = step(network, before, lookup.drafts[:, :0], sampling, limits)
     chosen = tf.gather(state.ids, before.lengths, batch_dims=1)  # (B,)
     n_hits = tf.cast(chosen == lookup.drafts[:, 0], tf.int32)
-    return followed(lookup, state, n_hits, n_seen=1)
+    return update_hit_rate(lookup, state, n_hits, n_seen=1)
 
 
-def checking_step(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits) -> Lookup:
+def checking_step(network: Network, lookup: Lookup, sampling: Sampling, limits: Limits) -> Lookup:
     """Appends to each row as much of its draft as the model says too, and the token that it says then."""
-    state, drafts = lookup.state, lookup.drafts
-    n_rows, n_fed = state.ids.shape[0], N_DRAFTED + 1
-    places = state.lengths[:, None] + tf.range(n_fed)  # (B, T), of what is chosen
-    last = tf.gather(state.ids, state.lengths - 1, batch_dims=1)  # (B,)
-    # a row that goes on feeds no place but those before the last one: what comes too late may go there
-    positions = tf.minimum(places - 1, state.n_slots - 1)
-    fed = tf.concat([last[:, None], drafts], axis=1)  # (B, T)
-    hidden, cache = feed_several(model, fed, positions, state.keys, state.values)
-    logits = tf.reshape(model.logits(hidden), (n_rows * n_fed, -1))  # (B*T, V)
-
-    # each place chooses as a row of its own, that has said the draft up to there
-    drafted = write(state.ids, places[:, :-1], drafts)
-    lengths = tf.reshape(tf.minimum(places, state.n_slots), [-1])  # (B*T,)
-    history = History(tf.repeat(drafted, n_fed, axis=0), lengths, tf.repeat(state.prompt_lengths, n_fed))
-    chosen = choose(logits, repeat(sampling, n_fed), history, limits.stop_ids)  # (B*T,)
-    logprobs = tf.gather(logits, chosen, batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
-    chosen, logprobs = (tf.reshape(x, (n_rows, n_fed)) for x in (chosen, logprobs))  # (B, T)
-
-    n_hits = tf.reduce_sum(tf.math.cumprod(tf.cast(chosen[:, :-1] == drafts, tf.int32), axis=1), axis=1)  # (B,)
-    stops = is_stop(chosen, limits)  # (B, T)
-    n_before_stop = tf.reduce_min(tf.where(stops, tf.range(n_fed), n_fed), axis=1)
-    n_wanted = tf.minimum(n_hits + 1, tf.minimum(limits.lengths, state.n_slots) - state.lengths)
-    active = is_active(state, limits)
-    longer = state._replace(
-        ids=write(state.ids, places, chosen),
-        logprobs=write(state.logprobs, places, logprobs),
-        lengths=state.lengths + tf.where(active, tf.minimum(n_wanted, n_before_stop), 0),
-        stopped=state.stopped | (active & (n_before_stop < n_wanted)),
-        keys=tuple(layer.keys for layer in cache),
-        values=tuple(layer.values for layer in cache),
-    )
-    return followed(lookup, longer, n_hits, n_seen=N_DRAFTED)
+    state, n_hits = step(network, lookup.state, lookup.drafts, sampling, limits)
+    return update_hit_rate(lookup, state, n_hits, n_seen=N_DRAFTED)
 
 
-def write(rows: tf.Tensor, places: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    """Writes (B, T) into (B, S + 2); what lies behind the last column goes there, where nothing is read."""
-    numbers = tf.broadcast_to(tf.range(rows.shape[0])[:, None], places.shape)
-    slots = tf.stack([numbers, tf.minimum(places, rows.shape[1] - 1)], axis=-1)  # (B, T, 2)
-    return tf.tensor_scatter_nd_update(rows, slots, values)
-
-
-def repeat(sampling: Sampling, times: int) -> Sampling:
-    """Gives each row's settings several times, one after the other."""
-
-    def of_rows(settings: Any, shared: tuple[str, ...]) -> dict[str, tf.Tensor]:
-        return {name: tf.repeat(x, times, axis=0) for name, x in settings._asdict().items() if name not in shared}
-
-    processing = sampling.processing._replace(**of_rows(sampling.processing, ("bias", "bad_words")))
-    return Sampling(**of_rows(sampling, ("processing",)), processing=processing)
-
-
-def followed(lookup: Lookup, state: State, n_hits: tf.Tensor, *, n_seen: int) -> Lookup:
+def update_hit_rate(lookup: Lookup, state: State, n_hits: tf.Tensor, *, n_seen: int) -> Lookup:
     """Goes on from a longer state.
 
     Args:
@@ -189,27 +146,33 @@ def followed(lookup: Lookup, state: State, n_hits: tf.Tensor, *, n_seen: int) ->
     return Lookup(state, *find_drafts(state), hit_rate=rate, n_passes=lookup.n_passes + 1)
 
 
-def scout(
-    model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits, n_steps: tf.Tensor
+def decode_until_drafts_pay(
+    network: Network, lookup: Lookup, sampling: Sampling, limits: Limits, n_steps: tf.Tensor
 ) -> tuple[Lookup, tf.Tensor]:
     """Takes up to ``n_steps`` plain steps, until it pays to begin with checks; says whether it does."""
+    lookup = lookup._replace(state=with_own_cache(network, lookup.state))
     end = lookup.n_passes + n_steps
-    lookup = repeat_while(lambda now: ~pays_with_copy(now, limits), plain_step, model, lookup, sampling, limits, end)
-    return lookup, pays_with_copy(lookup, limits)
+
+    def is_unsure(now: Lookup) -> tf.Tensor:
+        return ~drafts_pay_with_twins(now, limits)
+
+    lookup = repeat_while(is_unsure, plain_step, network, lookup, sampling, limits, end)
+    return lookup, drafts_pay_with_twins(lookup, limits)
 
 
-def decode(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> Lookup:
+def decode(network: Network, lookup: Lookup, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> Lookup:
     """Takes up to ``n_steps`` steps, of either kind."""
+    lookup = lookup._replace(state=with_own_cache(network, lookup.state))
     end = lookup.n_passes + n_steps
 
     def is_to_check(now: Lookup) -> tf.Tensor:
         # the last token there is room for is plain
-        return pays(now, limits) & (longest(now, limits) < now.state.n_slots)
+        return drafts_pay(now, limits) & (longest(now, limits) < now.state.n_slots)
 
     def body(lookup: Lookup) -> tuple[Lookup]:
         # two loops in one, not a choice in it: a choice would copy the cache at each step
-        lookup = repeat_while(lambda now: ~is_to_check(now), plain_step, model, lookup, sampling, limits, end)
-        return (repeat_while(is_to_check, checking_step, model, lookup, sampling, limits, end),)
+        lookup = repeat_while(lambda now: ~is_to_check(now), plain_step, network, lookup, sampling, limits, end)
+        return (repeat_while(is_to_check, checking_step, network, lookup, sampling, limits, end),)
 
     return tf.while_loop(lambda now: has_room(now, limits, end), body, (lookup,))[0]
 
@@ -217,7 +180,7 @@ def decode(model: GPT2Model, lookup: Lookup, sampling: Sampling, limits: Limits,
 def repeat_while(
     condition: Callable[[Lookup], tf.Tensor],
     step: Step,
-    model: GPT2Model,
+    network: Network,
     lookup: Lookup,
     sampling: Sampling,
     limits: Limits,
@@ -226,7 +189,7 @@ def repeat_while(
     """Takes steps of one kind while a condition holds, and a row goes on, and there is room."""
     return tf.while_loop(
         lambda now: has_room(now, limits, end) & condition(now),
-        lambda now: (step(model, now, sampling, limits),),
+        lambda now: (step(network, now, sampling, limits),),
         (lookup,),
     )[0]
 
@@ -240,3 +203,56 @@ def has_room(lookup: Lookup, limits: Limits, end: tf.Tensor) -> tf.Tensor:
 def longest(lookup: Lookup, limits: Limits) -> tf.Tensor:
     """Gives the length of the longest row that goes on."""
     return tf.reduce_max(tf.where(is_active(lookup.state, limits), lookup.state.lengths, 0))
+
+
+class LookupRun(Run):
+    """A ``Run`` that gives the same and may need fewer passes; the arguments are those of ``Run``.
+
+    Once drafts pay, it uses transposed twins of the weights: a product of a few rows is 1.5 times as fast with them.
+    """
+
+    def __init__(self, model: GPT2Model, *arguments: Any, jit_compile: bool, **kwargs: Any):
+        super().__init__(model, *arguments, jit_compile=jit_compile, **kwargs)
+        n_rows = self.state.lengths.shape[0]
+        self._lookup = start(self.state)
+        self._checks = False
+        self._until_drafts_pay = compiled(decode_until_drafts_pay, model, jit_compile=jit_compile, n_rows=n_rows)
+        self._model, self._jit_compile, self._n_rows_checked = model, jit_compile, n_rows * (N_DRAFTED + 1)
+
+    @property
+    def n_passes(self) -> int:
+        """Passes over the model since the prompts were read."""
+        return int(self._lookup.n_passes)
+
+    def _decode(self, state: State, n_steps: tf.Tensor) -> State:
+        lookup = self._lookup._replace(state=state)
+        if self._checks:
+            check = compiled(decode, self._model, jit_compile=self._jit_compile, n_rows=self._n_rows_checked)
+            lookup = check(lookup, self._sampling, self.limits, n_steps)
+        else:
+            lookup, is_worth_it = self._until_drafts_pay(lookup, self._sampling, self.limits, n_steps)
+            self._checks = bool(is_worth_it)
+        self._lookup = lookup
+        return lookup.state
+
+
+def check_lookup(model: GPT2Model, *, prompt_lookup: bool, overflow: str, n_top: int = 0) -> None:
+    """Refuses look-up where it would be slower, and choose other tokens, or does not know what else is asked for.
+
+    Raises:
+        ValueError: in these cases.
+    """
+    if not prompt_lookup:
+        return
+    if overflow == "slide" or n_top:
+        raise ValueError("prompt_lookup must be False with top_logprobs and with overflow='slide'")
+    if model.quantization is not None or model.compute_dtype != "float32":
+        raise ValueError(
+            f"prompt_lookup must be False for a model that computes in {model.compute_dtype} with "
+            f"quantization={model.quantization!r}: it pays only in float32, without quantization"
+        )
+
+
+def is_large_enough(model: GPT2Model) -> bool:
+    """Says whether look-up can make the model faster."""
+    return model.config.n_params >= SMALLEST

@@ -1,4 +1,4 @@
-"""Prefill and decode: the two functions that XLA compiles.
+"""Prefill and decode: the two functions that are compiled, the state that they carry, and the step that they share.
 
 Prefill reads the prompts into the cache; decode feeds each row's last token and chooses the next, in a loop inside one
 compiled function; the cache grows between calls. So the head, and what chooses, are compiled once, in decode. All that
@@ -8,28 +8,80 @@ taken as valid. Knows nothing of text.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.cache import DecodeLayer, PrefillLayer, for_samples, repeat_heads, slots_at, with_room
+from tf_gpt2.generation.cache import Cache, as_cache, for_samples, with_room
+from tf_gpt2.generation.choose import Sampling, choose, repeat
 from tf_gpt2.generation.processors import History
-from tf_gpt2.generation.sampling import Sampling, choose
-from tf_gpt2.generation.state import Limits, State, is_active, is_stop
-from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.loops import plain_loop
-from tf_gpt2.model.products import shape_of
+from tf_gpt2.model.arithmetic.shapes import shape_of
+from tf_gpt2.model.network import Network
 
 SMALLEST_BUCKET = 16
+"""Fewer positions cost as much."""
 SMALLEST_GROWING = 256
 """A cache of up to so many positions is made at its final size: attention to them costs less than compiling again."""
 GROWTH = 4
+"""How much larger a cache becomes at a time. Measured, like the two above: ``python -m benchmarks.growth``."""
+
+
+class State(NamedTuple):
+    """What the loop carries.
+
+    Attributes:
+        ids: int32 (B, S + 2), prompt and new tokens: S that can be fed, and the last one. What lies past a row's length
+            means nothing; the spare last column is where full rows keep writing,
+            and nobody reads there.
+        lengths: int32 (B,), tokens so far. The last one has not been fed to the model yet.
+        prompt_lengths: int32 (B,), how many of them are the prompt's.
+        logprobs: float32 (B, S + 2), of each new token under the unmodified model, at its place in ``ids``.
+        top_ids: int32 (B, S + 2, K), what the unmodified model finds likeliest there, the likeliest first.
+        top_logprobs: float32 (B, S + 2, K), of these.
+        stopped: bool (B,), whether the row chose a stop id, which is not counted in ``lengths``.
+        cache: per block keys and values, each (B*H, S, D).
+    """
+
+    ids: tf.Tensor
+    lengths: tf.Tensor
+    prompt_lengths: tf.Tensor
+    logprobs: tf.Tensor
+    top_ids: tf.Tensor
+    top_logprobs: tf.Tensor
+    stopped: tf.Tensor
+    cache: Cache
+
+    @property
+    def n_slots(self) -> int | tf.Tensor:
+        """S, how many positions the cache has room for."""
+        return shape_of(self.cache[0].keys)[1]
+
+
+class Limits(NamedTuple):
+    """When rows end.
+
+    Attributes:
+        lengths: int32 (B,), the most tokens a row may have, its prompt included.
+        stop_ids: int32 (K,), -1 for none.
+    """
+
+    lengths: tf.Tensor
+    stop_ids: tf.Tensor
+
+
+def is_active(state: State, limits: Limits) -> tf.Tensor:
+    """Says which rows still want a token: bool (B,)."""
+    return ~state.stopped & (state.lengths < limits.lengths)
+
+
+def is_stop(ids: tf.Tensor, limits: Limits) -> tf.Tensor:
+    """Says which ids end their rows: int32, of any shape -> bool."""
+    return tf.reduce_any(ids[..., None] == limits.stop_ids, axis=-1)
 
 
 def prefill(
-    model: GPT2Model,
+    network: Network,
     ids: tf.Tensor,
     lengths: tf.Tensor,
     n_samples: int = 1,
@@ -41,7 +93,7 @@ def prefill(
     Each last token is read here too, though it has yet to be fed: what it leaves in the cache is written again.
 
     Args:
-        model: the model.
+        network: the model.
         ids: int32 (B, T), right-padded.
         lengths: int32 (B,), at least 1.
         n_samples: N, a shape: the state has B * N rows, the samples of the first prompt, of the second, and so on.
@@ -49,7 +101,7 @@ def prefill(
         prompt_lengths: int32 (B,), how many of the ids are the prompt's, not new ones from before; all by default.
     """
     n_prompts = shape_of(ids)[0]
-    _, cache = read_prompts(model, ids)
+    _, present = network.hidden_states(ids)
     ids = for_samples(tf.pad(ids, [[0, 0], [0, 2]]), n_samples)  # (B*N, T + 2)
     lengths = for_samples(lengths, n_samples)  # (B*N,)
     return State(
@@ -60,132 +112,120 @@ def prefill(
         top_ids=tf.zeros((*shape_of(ids), n_top), tf.int32),
         top_logprobs=tf.zeros((*shape_of(ids), n_top), tf.float32),
         stopped=tf.zeros_like(lengths, tf.bool),
-        keys=tuple(repeat_heads(layer.keys, n_prompts, n_samples) for layer in cache),
-        values=tuple(repeat_heads(layer.values, n_prompts, n_samples) for layer in cache),
+        cache=as_cache(present, n_prompts, n_samples),
     )
 
 
-def read_prompts(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, list[PrefillLayer]]:
-    """Gives what comes before the logits, (B, T, C), and what attention keeps; int32 (B, T)."""
-    cache = [PrefillLayer() for _ in model.blocks]
-    return model.hidden_states(ids, cache=cache), cache
-
-
-def decode(model: GPT2Model, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
+def decode(network: Network, state: State, sampling: Sampling, limits: Limits, n_steps: tf.Tensor) -> State:
     """Appends up to ``n_steps`` tokens to each row; stops early when no row goes on."""
+    no_drafts = tf.zeros((shape_of(state.ids)[0], 0), tf.int32)
 
     def goes_on(state: State) -> tf.Tensor:
         return tf.reduce_any(is_active(state, limits))
 
     def body(state: State) -> tuple[State]:
-        return (decode_step(model, state, sampling, limits),)
+        return (step(network, state, no_drafts, sampling, limits)[0],)
 
-    return tf.while_loop(goes_on, body, (state,), maximum_iterations=n_steps)[0]
-
-
-def as_plain_loop(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives ``decode``, or another loop over a state with a cache, as it is fastest without XLA.
-
-    It writes into a copy of the cache, which is made once: what others hold stays as it is.
-    """
-
-    @functools.wraps(loop)
-    def in_plain_loop(model: GPT2Model, state: Any, *args: Any) -> Any:
-        keys, values = (tuple(tf.raw_ops.DeepCopy(x=x) for x in parts) for parts in (state.keys, state.values))
-        with plain_loop(variable.value for variable in model.variables):
-            return loop(model, state._replace(keys=keys, values=values), *args)
-
-    return in_plain_loop
+    return tf.while_loop(goes_on, body, (with_own_cache(network, state),), maximum_iterations=n_steps)[0]
 
 
-def as_plain_prefill(prefill: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives ``prefill``, or another that reads prompts, as it is fastest without XLA: as the body of a plain loop."""
-
-    @functools.wraps(prefill)
-    def plain_prefill(*args: Any) -> Any:
-        with plain_loop([]):
-            return prefill(*args)
-
-    return plain_prefill
+def with_own_cache(network: Network, state: State) -> State:
+    """Returns a state whose cache a loop may write to: what others hold stays as it is."""
+    return state._replace(cache=tf.nest.map_structure(network.ops.owned, state.cache))
 
 
-def decode_step(model: GPT2Model, state: State, sampling: Sampling, limits: Limits) -> State:
-    """Feeds each row's last token and appends the next one."""
-    positions = state.lengths - 1  # (B,)
-    last = tf.gather(state.ids, positions, batch_dims=1)  # (B,)
-    logits, cache = feed(model, last, positions, state.keys, state.values)
-    state = state._replace(keys=tuple(layer.keys for layer in cache), values=tuple(layer.values for layer in cache))
-    return append(state, logits, sampling, limits)
+def step(
+    network: Network, state: State, drafts: tf.Tensor, sampling: Sampling, limits: Limits
+) -> tuple[State, tf.Tensor]:
+    """Feeds each row's last token and a draft of what follows; appends what the model says, too.
 
-
-def feed(
-    model: GPT2Model,
-    ids: tf.Tensor,
-    positions: tf.Tensor,
-    keys: tuple[tf.Tensor, ...],
-    values: tuple[tf.Tensor, ...],
-) -> tuple[tf.Tensor, list[DecodeLayer]]:
-    """Feeds one token per row, int32 (B,), at its position, (B,); gives the logits, (B, V), and the longer cache."""
-    hidden, cache = feed_several(model, ids[:, None], positions[:, None], keys, values)
-    return model.logits(hidden[:, 0]), cache
-
-
-def feed_several(
-    model: GPT2Model,
-    ids: tf.Tensor,
-    positions: tf.Tensor,
-    keys: tuple[tf.Tensor, ...],
-    values: tuple[tf.Tensor, ...],
-) -> tuple[tf.Tensor, list[DecodeLayer]]:
-    """Feeds tokens that follow what the cache holds.
-
-    What lies in the cache at later positions is neither seen nor needed: it may be left from tokens that were taken
-    back.
+    The model's own choice at each place of the draft is kept as long as the draft has said the same, and one more.
+    Without a draft (N = 0) that is one token per row.
 
     Args:
-        model: the model.
-        ids: int32 (B, T).
-        positions: int32 (B, T), ascending; those of tokens that do not count may be equal.
-        keys: per block (B*H, S, D).
-        values: per block (B*H, S, D).
+        network: the model.
+        state: the rows so far; the cache has room for their last tokens.
+        drafts: int32 (B, N).
+        sampling: how to choose.
+        limits: when to end.
 
     Returns:
-        What comes before the logits, (B, T, C), and the longer cache.
+        The longer rows; int32 (B,), how many tokens of each draft were right before the first wrong one.
     """
-    slots = slots_at(positions, model.config.n_head, keys[0])
-    cache = [DecodeLayer(k, v, slots) for k, v in zip(keys, values, strict=True)]
-    return model.hidden_states(ids, positions=positions, cache=cache), cache  # (B, T, C)
+    n_fed = drafts.shape[1] + 1  # T
+    chosen_at = state.lengths[:, None] + tf.range(n_fed)  # (B, T), the place of what is chosen
+    last = tf.gather(state.ids, state.lengths - 1, batch_dims=1)  # (B,)
+    # a row that goes on feeds no slot but those before the last one, if it has a draft: what comes too late goes there
+    positions = tf.minimum(chosen_at - 1, state.n_slots - 1)
+    hidden, cache = network.hidden_states(tf.concat([last[:, None], drafts], axis=1), positions, state.cache)
+    logits = network.logits(tf.reshape(hidden, (-1, network.config.n_embd)))  # (B*T, V)
 
-
-def append(state: State, logits: tf.Tensor, sampling: Sampling, limits: Limits) -> State:
-    """Chooses from ``logits`` (B, V) and puts the ids behind the rows that go on."""
-    history = History(state.ids, state.lengths, state.prompt_lengths - sampling.n_new)
-    chosen = choose(logits, sampling, history, limits.stop_ids)  # (B,)
-    log_total = tf.reduce_logsumexp(logits, axis=-1)  # (B,)
+    history = history_at(state, drafts, chosen_at, sampling)
+    chosen = choose(logits, repeat(sampling, n_fed), history, limits.stop_ids, network.ops)  # (B*T,)
+    log_total = tf.reduce_logsumexp(logits, axis=-1)  # (B*T,)
     logprobs = tf.gather(logits, chosen, batch_dims=1) - log_total
-    active = is_active(state, limits)
-    stops = is_stop(chosen, limits)
-    # rows that have ended write past their end, where nothing is read
-    slots = tf.stack([tf.range(shape_of(chosen)[0]), state.lengths], axis=1)  # (B, 2)
-    state = append_top(state, logits, log_total, slots)
-    return state._replace(
-        ids=tf.tensor_scatter_nd_update(state.ids, slots, chosen),
-        logprobs=tf.tensor_scatter_nd_update(state.logprobs, slots, logprobs),
-        lengths=state.lengths + tf.cast(active & ~stops, tf.int32),
-        stopped=state.stopped | (active & stops),
+    state = write_top(state, logits, log_total, chosen_at)
+    chosen = tf.reshape(chosen, (-1, n_fed))  # (B, T)
+
+    n_hits = count_hits(chosen, drafts)
+    n_kept, stops = how_many_to_keep(state, chosen, n_hits, limits)
+    longer = state._replace(
+        ids=write_rows(state.ids, chosen_at, chosen),
+        logprobs=write_rows(state.logprobs, chosen_at, tf.reshape(logprobs, (-1, n_fed))),
+        lengths=state.lengths + n_kept,
+        stopped=state.stopped | stops,
+        cache=cache,
     )
+    return longer, n_hits
 
 
-def append_top(state: State, logits: tf.Tensor, log_total: tf.Tensor, slots: tf.Tensor) -> State:
-    """Puts the likeliest ids of ``logits`` (B, V), whose exponentials sum to that of ``log_total`` (B,), into slots."""
+def write_top(state: State, logits: tf.Tensor, log_total: tf.Tensor, places: tf.Tensor) -> State:
+    """Writes the likeliest ids of logits (B*T, V) at places (B, T); ``log_total`` is the logits' logsumexp, (B*T,)."""
     n_top = state.top_ids.shape[-1]
     if n_top == 0:
         return state
-    top_logits, top_ids = tf.math.top_k(logits, n_top)  # (B, K)
+    top_logits, top_ids = tf.math.top_k(logits, n_top)  # (B*T, K)
+    by_row = (-1, places.shape[1], n_top)
     return state._replace(
-        top_ids=tf.tensor_scatter_nd_update(state.top_ids, slots, top_ids),
-        top_logprobs=tf.tensor_scatter_nd_update(state.top_logprobs, slots, top_logits - log_total[:, None]),
+        top_ids=write_rows(state.top_ids, places, tf.reshape(top_ids, by_row)),
+        top_logprobs=write_rows(state.top_logprobs, places, tf.reshape(top_logits - log_total[:, None], by_row)),
     )
+
+
+def history_at(state: State, drafts: tf.Tensor, chosen_at: tf.Tensor, sampling: Sampling) -> History:
+    """Returns what has been said at each place of a draft, B*T rows: each chooses as a row of its own."""
+    prompt_lengths = state.prompt_lengths - sampling.n_new
+    n_fed = drafts.shape[1] + 1
+    if n_fed == 1:
+        return History(state.ids, state.lengths, prompt_lengths)
+    drafted = write_rows(state.ids, chosen_at[:, :-1], drafts)
+    lengths = tf.reshape(tf.minimum(chosen_at, state.n_slots), [-1])  # (B*T,)
+    return History(tf.repeat(drafted, n_fed, axis=0), lengths, tf.repeat(prompt_lengths, n_fed))
+
+
+def count_hits(chosen: tf.Tensor, drafts: tf.Tensor) -> tf.Tensor:
+    """Counts the tokens of each draft, (B, N), before the first that differs from what was chosen, (B, N + 1)."""
+    if drafts.shape[1] == 0:
+        return tf.zeros_like(chosen[:, 0])
+    return tf.reduce_sum(tf.math.cumprod(tf.cast(chosen[:, :-1] == drafts, tf.int32), axis=1), axis=1)
+
+
+def how_many_to_keep(state: State, chosen: tf.Tensor, n_hits: tf.Tensor, limits: Limits) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns how many of the chosen ids, (B, T), each row keeps, int32 (B,), and whether it stops behind them."""
+    n_fed = chosen.shape[1]
+    longest = tf.minimum(limits.lengths, state.n_slots + (n_fed == 1))  # the last slot is no draft's
+    n_wanted = tf.minimum(n_hits + 1, longest - state.lengths)
+    stops = is_stop(chosen, limits)  # (B, T)
+    n_before_stop = tf.reduce_min(tf.where(stops, tf.range(n_fed), n_fed), axis=1)
+    active = is_active(state, limits)
+    return tf.where(active, tf.minimum(n_wanted, n_before_stop), 0), active & (n_before_stop < n_wanted)
+
+
+def write_rows(rows: tf.Tensor, places: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """Writes (B, T, …) into (B, S + 2, …); what lies behind the last column goes there, where nothing is read."""
+    n_rows, n_columns = shape_of(rows)[:2]
+    numbers = tf.broadcast_to(tf.range(n_rows)[:, None], tf.shape(places))
+    return tf.tensor_scatter_nd_update(rows, tf.stack([numbers, tf.minimum(places, n_columns - 1)], axis=-1), values)
 
 
 def bucket(length: int, n_ctx: int) -> int:
@@ -211,12 +251,12 @@ def cache_sizes(length: int, limit: int, n_ctx: int) -> Iterator[int]:
 
 def grow(state: State, n_slots: int | tf.Tensor) -> State:
     """Makes room for ``n_slots`` positions in all; runs outside XLA."""
-    room = n_slots - shape_of(state.keys[0])[1]
+    room = n_slots - state.n_slots
+    behind = [[0, 0], [0, room]]
     return state._replace(
-        ids=tf.pad(state.ids, [[0, 0], [0, room]]),
-        logprobs=tf.pad(state.logprobs, [[0, 0], [0, room]]),
-        top_ids=tf.pad(state.top_ids, [[0, 0], [0, room], [0, 0]]),
-        top_logprobs=tf.pad(state.top_logprobs, [[0, 0], [0, room], [0, 0]]),
-        keys=with_room(state.keys, room),
-        values=with_room(state.values, room),
+        ids=tf.pad(state.ids, behind),
+        logprobs=tf.pad(state.logprobs, behind),
+        top_ids=tf.pad(state.top_ids, [*behind, [0, 0]]),
+        top_logprobs=tf.pad(state.top_logprobs, [*behind, [0, 0]]),
+        cache=with_room(state.cache, room),
     )

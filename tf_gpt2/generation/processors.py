@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.model.loops import as_one_node
-from tf_gpt2.model.products import shape_of
+from tf_gpt2.model.arithmetic import Ops
+from tf_gpt2.model.arithmetic.shapes import shape_of
 
 
 class History(NamedTuple):
@@ -52,7 +52,7 @@ class Processing(NamedTuple):
     min_new_tokens: tf.Tensor
 
 
-def process(logits: tf.Tensor, processing: Processing, history: History, stop_ids: tf.Tensor) -> tf.Tensor:
+def process(logits: tf.Tensor, processing: Processing, history: History, stop_ids: tf.Tensor, ops: Ops) -> tf.Tensor:
     """Applies bias, penalties and bans to float32 (B, V); what is banned becomes -inf.
 
     A row that is left with nothing keeps the logits it had: it must say something.
@@ -62,6 +62,7 @@ def process(logits: tf.Tensor, processing: Processing, history: History, stop_id
         processing: the settings.
         history: what the rows have said.
         stop_ids: int32 (K,), which ``min_new_tokens`` bans; -1 for none.
+        ops: the arithmetic.
 
     Source: the order is that of ``_get_logits_processor`` in Hugging Face's transformers 5, ``generation/utils.py``;
     presence and frequency penalties, which it does not have, follow the repetition penalty as in vLLM.
@@ -73,17 +74,19 @@ def process(logits: tf.Tensor, processing: Processing, history: History, stop_id
     is_used = has_bans | tf.reduce_any(has_penalties) | tf.reduce_any(p.bias != 0)
 
     def apply_all() -> tf.Tensor:
-        processed = apply_if(has_penalties, penalize, logits + p.bias, p, history)
-        processed = apply_if(has_bans, ban, processed, p, history, tf.where(is_short[:, None], stop_ids, -1))
+        processed = apply_if(ops, has_penalties, penalize, logits + p.bias, p, history)
+        processed = apply_if(ops, has_bans, ban, processed, p, history, tf.where(is_short[:, None], stop_ids, -1))
         is_left = tf.reduce_max(processed, axis=-1, keepdims=True) > -float("inf")
         return tf.where(is_left, processed, logits)
 
-    return tf.cond(is_used, as_one_node(apply_all), lambda: logits)
+    return tf.cond(is_used, ops.branch(apply_all), lambda: logits)
 
 
-def apply_if(is_used: tf.Tensor, step: Callable[..., tf.Tensor], logits: tf.Tensor, *settings: Any) -> tf.Tensor:
-    """Applies a step if any of ``is_used`` is true."""
-    return tf.cond(tf.reduce_any(is_used), as_one_node(lambda: step(logits, *settings)), lambda: logits)
+def apply_if(
+    ops: Ops, is_used: tf.Tensor, change: Callable[..., tf.Tensor], logits: tf.Tensor, *settings: Any
+) -> tf.Tensor:
+    """Applies a change of the logits if any of ``is_used`` is true."""
+    return tf.cond(tf.reduce_any(is_used), ops.branch(lambda: change(logits, *settings)), lambda: logits)
 
 
 def penalize(logits: tf.Tensor, processing: Processing, history: History) -> tf.Tensor:

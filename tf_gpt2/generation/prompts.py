@@ -13,7 +13,7 @@ import tensorflow as tf
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.loop import bucket
-from tf_gpt2.generation.settings import check_row
+from tf_gpt2.generation.options import check_row
 
 OVERFLOWS = ERROR, TRUNCATE, SLIDE = "error", "truncate", "slide"
 """What to do with a text that is too long for the window; ``generate`` says what each means."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_gpt2.generation.state import State
+from tf_gpt2.generation.loop import State
 
 
 class Timings(NamedTuple):

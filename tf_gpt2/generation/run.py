@@ -1,22 +1,23 @@
-"""One generation under way: calls the two compiled functions over a cache that grows.
+"""One generation under way: calls the compiled functions over a cache that grows, or a window that slides.
 
-Knows nothing of text.
+A text longer than the window goes on when half of the window is read again, so n_ctx/2 new tokens cost one prefill of
+n_ctx/2. Knows nothing of text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.errors import ParamsError
-from tf_gpt2.generation.compiled import Compiled, once_per_model
-from tf_gpt2.generation.loop import as_plain_loop, as_plain_prefill, cache_sizes, decode, grow, prefill
-from tf_gpt2.generation.sampling import Sampling
-from tf_gpt2.generation.state import Limits, State, is_active
-from tf_gpt2.generation.transposed import CompiledOverCopies
+from tf_gpt2.generation.choose import Sampling
+from tf_gpt2.generation.compiled import compiled
+from tf_gpt2.generation.loop import Limits, State, cache_sizes, decode, grow, is_active, prefill
+from tf_gpt2.generation.options import LARGEST_INT
+from tf_gpt2.generation.prompts import pad, pad_rows, window_start
 from tf_gpt2.model.gpt2 import GPT2Model
 
 NO_NUMBERS = (
@@ -60,10 +61,10 @@ class Run:
     ):
         self.limits = limits
         self._sampling = sampling
-        self._loop = loop_of(model, jit_compile=jit_compile)
-        self._sizes = sizes_for(ids, limits, model)
+        self._decode_some = compiled(decode, model, jit_compile=jit_compile, n_rows=ids.shape[0] * n_samples)
+        self._sizes = sizes_for(ids, limits, model.config.n_ctx)
         self._n_slots = next(self._sizes)
-        self.state = self._loop.prefill(ids, lengths, n_samples, n_top)
+        self.state = compiled(prefill, model, jit_compile=jit_compile)(ids, lengths, n_samples, n_top)
 
     @property
     def goes_on(self) -> bool:
@@ -79,11 +80,11 @@ class Run:
         n_steps = min(n_steps, self._n_slots + 1 - longest)
         if self.state.n_slots < self._n_slots:
             self.state = grow(self.state, self._n_slots)
-        self.state = checked(self._decode(self.state, tf.constant(n_steps)))
+        self.state = refuse_nan(self._decode(self.state, tf.constant(n_steps)))
 
     def _decode(self, state: State, n_steps: tf.Tensor) -> State:
         """Appends up to ``n_steps`` tokens to each row that goes on; there is room for them."""
-        return self._loop.decode(state, self._sampling, self.limits, n_steps)
+        return self._decode_some(state, self._sampling, self.limits, n_steps)
 
     def end(self, rows: Sequence[bool]) -> None:
         """Lets rows end where they are."""
@@ -95,58 +96,128 @@ def compile_run(
     model: GPT2Model, ids: tf.Tensor, lengths: tf.Tensor, sampling: Sampling, limits: Limits, *, jit_compile: bool
 ) -> None:
     """Compiles what a ``Run`` with these arguments needs."""
-    loop = loop_of(model, jit_compile=jit_compile)
-    state = loop.prefill(ids, lengths, 1, 0)
-    for n_slots in sizes_for(ids, limits, model):
+    state = compiled(prefill, model, jit_compile=jit_compile)(ids, lengths, 1, 0)
+    decode_some = compiled(decode, model, jit_compile=jit_compile, n_rows=ids.shape[0])
+    for n_slots in sizes_for(ids, limits, model.config.n_ctx):
         state = grow(state, n_slots)
-        loop.decode(state, sampling, limits, tf.constant(0))
+        decode_some(state, sampling, limits, tf.constant(0))
 
 
-def sizes_for(ids: tf.Tensor, limits: Limits, model: GPT2Model) -> Iterator[int]:
-    """Says how large the cache becomes from the prompts to the end: the last token there may be is never fed."""
-    return cache_sizes(ids.shape[1], int(tf.reduce_max(limits.lengths)) - 1, model.config.n_ctx)
+def sizes_for(ids: tf.Tensor, limits: Limits, n_ctx: int) -> Iterator[int]:
+    """Returns the sizes of the cache from the prompts to the end: the last token is never fed, and needs no slot."""
+    return cache_sizes(ids.shape[1], int(tf.reduce_max(limits.lengths)) - 1, n_ctx)
 
 
-def checked(state: State) -> State:
-    """Gives a state back; refuses one of a model whose logits are not numbers, as its ids mean nothing."""
+def refuse_nan(state: State) -> State:
+    """Returns a state; refuses one of a model whose logits are not numbers, as its ids mean nothing."""
     if np.isnan(state.logprobs.numpy()).any():
         raise ParamsError(NO_NUMBERS)
     return state
 
 
-class CompiledLoop:
-    """One model's prefill and decode, compiled.
+class SlidingRun:
+    """One generation under way, as ``Run``, without an end to the window.
+
+    The rows of a batch are full at different times; each waits until the others are, or have ended, and then all that
+    go on are read at once. Where a row's window begins depends on the row's length alone, see ``window_start``.
+
+    Only what is in the window counts for the next token, penalties and bans included. The number of new tokens, for
+    ``min_new_tokens``, and the places that random numbers depend on are those in the whole text: no window repeats the
+    numbers of the one before.
 
     Args:
-        model: referred to weakly, so that a model can be freed while its loop is remembered.
-        jit_compile: whether XLA compiles them.
-        prefill: takes the model, tensors and integers.
-        decode: the same.
+        model: the model.
+        rows: B prompts of any length, int32.
+        sampling: how to choose.
+        stop_ids: int32 (K,), -1 for none.
+        max_new_tokens: most new tokens per row.
+        n_top: how many of the likeliest ids to keep beside each chosen one.
+        jit_compile: whether XLA compiles.
     """
 
     def __init__(
         self,
         model: GPT2Model,
+        rows: list[np.ndarray],
+        sampling: Sampling,
+        stop_ids: tf.Tensor,
         *,
+        max_new_tokens: int,
+        n_top: int,
         jit_compile: bool,
-        prefill: Callable[..., Any] = prefill,
-        decode: Callable[..., Any] = decode,
     ):
-        how_to_read = prefill if jit_compile else as_plain_prefill(prefill)
-        self.prefill = Compiled(how_to_read, model, jit_compile=jit_compile)
-        self.decode = (
-            CompiledOverCopies(decode, model)
-            if jit_compile
-            else Compiled(as_plain_loop(decode), model, jit_compile=False)
+        self._model = model
+        self._sampling = sampling
+        self._stop_ids = stop_ids
+        self._kept: Any = {"n_top": n_top, "jit_compile": jit_compile}
+        self._texts = {
+            "ids": rows,
+            "logprobs": [np.zeros(len(row), np.float32) for row in rows],
+            "top_ids": [np.zeros((len(row), n_top), np.int32) for row in rows],
+            "top_logprobs": [np.zeros((len(row), n_top), np.float32) for row in rows],
+        }
+        self._prompt_lengths = lengths_of(rows)
+        self._ends = self._prompt_lengths + min(max_new_tokens, LARGEST_INT)  # (B,), int64
+        self._stopped = np.zeros(len(rows), bool)
+        self._run = self._read()
+
+    @property
+    def state(self) -> State:
+        """What there is so far: whole texts, with the cache of the last window."""
+        texts, stopped = self._whole()
+        lengths = lengths_of(texts["ids"])
+        return self._run.state._replace(
+            lengths=tf.constant(lengths, tf.int32),
+            prompt_lengths=tf.constant(self._prompt_lengths, tf.int32),
+            stopped=tf.constant(stopped),
+            **{name: tf.constant(pad_rows(rows, lengths.max())) for name, rows in texts.items()},
         )
 
     @property
-    def n_traces(self) -> int:
-        """How often a new shape was met: under XLA the number of compilations."""
-        return self.prefill.n_traces + self.decode.n_traces
+    def goes_on(self) -> bool:
+        """Whether any row still wants a token."""
+        texts, stopped = self._whole()
+        return bool((~stopped & (lengths_of(texts["ids"]) < self._ends)).any())
+
+    def advance(self, n_steps: int) -> None:
+        """Appends up to ``n_steps`` tokens to each row that goes on; reads again when the windows are full."""
+        if not self._run.goes_on:
+            self._texts, self._stopped = self._whole()
+            self._run = self._read()
+        self._run.advance(n_steps)
+
+    def end(self, rows: Sequence[bool]) -> None:
+        """Lets rows end where they are."""
+        self._ends = np.where(rows, lengths_of(self._whole()[0]["ids"]), self._ends)
+        self._run.end(rows)
+
+    def _read(self) -> Run:
+        """Reads each row's window; of a row that has ended the last token, which keeps the shapes."""
+        n_ctx = self._model.config.n_ctx
+        lengths = lengths_of(self._texts["ids"])
+        n_wanted = np.where(self._stopped, 0, self._ends - lengths)
+        starts = [window_start(n, n_ctx) if wanted else n - 1 for n, wanted in zip(lengths, n_wanted, strict=True)]
+        windows = [ids[start:] for ids, start in zip(self._texts["ids"], starts, strict=True)]
+        ends = np.minimum(lengths_of(windows) + n_wanted, n_ctx)
+        sampling = self._sampling._replace(
+            n_before=tf.constant(starts, tf.int32), n_new=tf.constant(lengths - self._prompt_lengths, tf.int32)
+        )
+        limits = Limits(lengths=tf.constant(ends, tf.int32), stop_ids=self._stop_ids)
+        return Run(self._model, *pad(windows, self._model.config), sampling, limits, **self._kept)
+
+    def _whole(self) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
+        """Gives the whole texts, ids and what is kept at their places, and which rows have stopped."""
+        state = self._run.state
+        n_read, lengths = state.prompt_lengths.numpy(), state.lengths.numpy()
+
+        def with_new(before: list[np.ndarray], window: np.ndarray) -> list[np.ndarray]:
+            parts = zip(before, window, n_read, lengths, strict=True)
+            return [np.concatenate([old, row[n:end]]) for old, row, n, end in parts]
+
+        texts = {name: with_new(before, getattr(state, name).numpy()) for name, before in self._texts.items()}
+        return texts, self._stopped | state.stopped.numpy()
 
 
-@once_per_model
-def loop_of(model: GPT2Model, *, jit_compile: bool) -> CompiledLoop:
-    """Gives a model's compiled loop."""
-    return CompiledLoop(model, jit_compile=jit_compile)
+def lengths_of(rows: list[np.ndarray]) -> np.ndarray:
+    """Gives the rows' lengths, int64 (B,)."""
+    return np.array([len(row) for row in rows])

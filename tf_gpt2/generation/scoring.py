@@ -16,11 +16,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.generation.compiled import Compiled, once_per_model
+from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import bucket
+from tf_gpt2.generation.options import check_row, is_integer, power_of_two
 from tf_gpt2.generation.prompts import pad_rows
-from tf_gpt2.generation.settings import check_row, is_integer, power_of_two
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.network import Network
 
 POSITIONS_PER_PIECE = 1024
 """B * T of one call, unless one row is longer: the attention matrices of 124M take 50 MB then."""
@@ -179,7 +180,7 @@ def target_logprobs(
     Returns:
         Per row float32, (n_targets,).
     """
-    scorer = scorer_of(model, jit_compile=jit_compile)
+    scorer = Scorer(model, jit_compile=jit_compile)
     logprobs = [np.zeros(0, np.float32) for _ in rows]
     n_done = 0
     for piece in pieces([len(row) - 1 if n else 0 for row, n in zip(rows, n_targets, strict=True)], model.config.n_ctx):
@@ -207,22 +208,17 @@ def pieces(lengths: Sequence[int], n_ctx: int) -> Iterator[list[int]]:
 
 
 class Scorer:
-    """One model's two compiled functions: ids to hidden states, and hidden states to log-probabilities.
+    """Two compiled functions of a model: ids to hidden states, and hidden states to log-probabilities.
 
     Args:
-        model: referred to weakly, so that it can be freed while its scorer is remembered.
+        model: the model.
         jit_compile: whether XLA compiles them.
     """
 
     def __init__(self, model: GPT2Model, *, jit_compile: bool):
         self.n_ctx = model.config.n_ctx
-        self.hidden_states = Compiled(hidden_rows, model, jit_compile=jit_compile)
-        self.logprobs = Compiled(chosen_logprobs, model, jit_compile=jit_compile)
-
-    @property
-    def n_traces(self) -> int:
-        """How often a new shape was met: under XLA the number of compilations."""
-        return self.hidden_states.n_traces + self.logprobs.n_traces
+        self.hidden_states = compiled(hidden_rows, model, jit_compile=jit_compile)
+        self.logprobs = compiled(chosen_logprobs, model, jit_compile=jit_compile)
 
     def score_piece(self, rows: list[np.ndarray], n_targets: list[int]) -> list[np.ndarray]:
         """Scores the last ids of rows that share a bucket."""
@@ -252,18 +248,12 @@ class Scorer:
         return np.concatenate(logprobs)
 
 
-def hidden_rows(model: GPT2Model, ids: tf.Tensor) -> tf.Tensor:
+def hidden_rows(network: Network, ids: tf.Tensor) -> tf.Tensor:
     """Runs the blocks: int32 (B, T) -> floats (B*T, C). Attention looks back only, so padding behind is not seen."""
-    return tf.reshape(model.hidden_states(ids), (-1, model.config.n_embd))
+    return tf.reshape(network.hidden_states(ids)[0], (-1, network.config.n_embd))
 
 
-def chosen_logprobs(model: GPT2Model, hidden: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Gives the log-probability of one id per row: floats (P, C), int32 (P,) -> float32 (P,)."""
-    logits = model.logits(hidden)  # (P, V)
+def chosen_logprobs(network: Network, hidden: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """Computes the log-probability of one id per row: floats (P, C), int32 (P,) -> float32 (P,)."""
+    logits = network.logits(hidden)  # (P, V)
     return tf.gather(logits, targets, batch_dims=1) - tf.reduce_logsumexp(logits, axis=-1)
-
-
-@once_per_model
-def scorer_of(model: GPT2Model, *, jit_compile: bool) -> Scorer:
-    """Gives a model's scorer."""
-    return Scorer(model, jit_compile=jit_compile)

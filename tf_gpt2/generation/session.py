@@ -12,13 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.generation.compiled import Compiled, once_per_model
+from tf_gpt2.generation.cache import Cache
+from tf_gpt2.generation.choose import Sampling
+from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.generate import in_pieces
-from tf_gpt2.generation.loop import cache_sizes, feed_several, grow
-from tf_gpt2.generation.prompts import pad
-from tf_gpt2.generation.run import Run
-from tf_gpt2.generation.sampling import Sampling
-from tf_gpt2.generation.settings import (
+from tf_gpt2.generation.loop import Limits, State, cache_sizes, grow, with_own_cache
+from tf_gpt2.generation.options import (
     SamplingOptions,
     check_max_new_tokens,
     check_names,
@@ -26,8 +25,10 @@ from tf_gpt2.generation.settings import (
     make_limits,
     make_sampling,
 )
-from tf_gpt2.generation.state import Limits, State
+from tf_gpt2.generation.prompts import pad
+from tf_gpt2.generation.run import Run
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.network import Network
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,31 +37,25 @@ N_READ = 32
 """Tokens that are read at once: one number for all turns, as another one compiles anew."""
 
 
-def read(model: GPT2Model, state: State, start: tf.Tensor) -> State:
+def read(network: Network, state: State, start: tf.Tensor) -> State:
     """Reads a row on from ``start``, up to its last token, which has yet to be fed.
 
     Args:
-        model: the model.
+        network: the model.
         state: one row; its cache holds what is before ``start``.
         start: int32, the first position to read.
     """
 
-    def body(start: tf.Tensor, keys: Any, values: Any) -> tuple[Any, ...]:
+    def body(start: tf.Tensor, cache: Cache) -> tuple[tf.Tensor, Cache]:
         # the last token, and what lies behind the text, goes to places that later tokens take over
         positions = tf.minimum(start + tf.range(N_READ), state.n_slots - 1)[None]  # (1, T)
         ids = tf.gather(state.ids, positions, batch_dims=1)
-        _, cache = feed_several(model, ids, positions, keys, values)
-        return start + N_READ, tuple(x.keys for x in cache), tuple(x.values for x in cache)
+        _, cache = network.hidden_states(ids, positions, cache)
+        return start + N_READ, cache
 
-    loop = (start, state.keys, state.values)
-    _, keys, values = tf.while_loop(lambda start, *_: start < state.lengths[0] - 1, body, loop)
-    return state._replace(keys=keys, values=values)
-
-
-@once_per_model
-def read_of(model: GPT2Model, *, jit_compile: bool) -> Any:
-    """Gives a model's compiled ``read``."""
-    return Compiled(read, model, jit_compile=jit_compile)
+    loop = (start, with_own_cache(network, state).cache)
+    _, cache = tf.while_loop(lambda start, _: start < state.lengths[0] - 1, body, loop)
+    return state._replace(cache=cache)
 
 
 class GrowingRun(Run):
@@ -68,7 +63,7 @@ class GrowingRun(Run):
 
     def __init__(self, model: GPT2Model, *arguments: Any, jit_compile: bool):
         super().__init__(model, *arguments, jit_compile=jit_compile)
-        self._read = read_of(model, jit_compile=jit_compile)
+        self._read = compiled(read, model, jit_compile=jit_compile)
         self._n_ctx = model.config.n_ctx
         self._plan(self.state)
 

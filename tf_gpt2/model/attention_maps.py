@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from tf_gpt2.model import formulas
+from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.gpt2 import GPT2Model, check_ids
-from tf_gpt2.model.layers import CausalSelfAttention, causal_mask
+from tf_gpt2.model.layers import CausalSelfAttention
 
 
 def logits_and_attention(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, np.ndarray]:
@@ -37,5 +39,5 @@ def logits_and_attention(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, n
 
 def weights_of(attn: CausalSelfAttention, x: tf.Tensor) -> np.ndarray:
     """Gives one layer's attention weights: floats (1, T, C) -> float32 (H, T, S)."""
-    q, k, _ = map(attn.split_heads, tf.split(attn.c_attn(x), 3, axis=-1))  # each (H, T, D)
-    return attn.attention_weights(q, k, causal_mask(tf.shape(x)[1])).numpy()
+    q, k, _ = (formulas.split_heads(x, attn.n_head, plain) for x in tf.split(attn.c_attn(x), 3, axis=-1))  # (H, T, D)
+    return plain.attention_weights(q, k, formulas.causal_mask(x.shape[1])).numpy()

@@ -5,7 +5,6 @@ Knows nothing of text or of sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from tf_gpt2.checkpoint.openai import iter_variables
 from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.model.alike import are_alike, call_alike, hold_tensors
-from tf_gpt2.model.layers import Block, LayerCache, LayerNorm
-from tf_gpt2.model.loops import value_in_loop
-from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, blank_weights, normal, value_of
-from tf_gpt2.model.products import product, shape_of
+from tf_gpt2.model import formulas
+from tf_gpt2.model.arithmetic import plain
+from tf_gpt2.model.arithmetic.shapes import shape_of
+from tf_gpt2.model.layers import Block, LayerNorm
+from tf_gpt2.model.param_tree import Leaf, MatrixLeaf, ParamTree, add_matrix, blank_weights, freeze, normal
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
@@ -103,8 +102,11 @@ class GPT2Model(ParamTree, keras.Model):
             "blocks": [block.leaf_tree() for block in self.blocks],
             "ln_f": self.ln_f.leaf_tree(),
             "wpe": Leaf(self.wpe),
-            "wte": Leaf(self.wte, scale=self.wte_scale),
+            "wte": self._wte_leaf(),
         }
+
+    def _wte_leaf(self) -> MatrixLeaf:
+        return MatrixLeaf(self.wte, scale=self.wte_scale)
 
     def call(self, ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Computes logits at every position, float32 (B, T, V)."""
@@ -117,53 +119,34 @@ class GPT2Model(ParamTree, keras.Model):
         logits = self.logits(self.hidden_states(ids, training=training))
         if not tf.is_symbolic_tensor(ids):
             return logits
-        # Compiled code can raise nothing, and clamps what lies outside: no number is better than a wrong one.
-        is_valid = (ids >= 0) & (ids < self.config.n_vocab) & (tf.shape(ids)[1] <= self.config.n_ctx)  # (B, T)
-        return tf.where(tf.reduce_all(is_valid, axis=-1)[:, None, None], logits, float("nan"))
+        # Compiled code cannot raise and clamps bad ids; NaN logits are better than wrong ones.
+        return logits * one_or_nan(ids, self.config)
 
-    def hidden_states(
-        self,
-        ids: tf.Tensor,
-        *,
-        positions: tf.Tensor | None = None,
-        cache: Sequence[LayerCache] | None = None,
-        training: bool | None = None,
-    ) -> tf.Tensor:
+    def hidden_states(self, ids: tf.Tensor, *, training: bool | None = None) -> tf.Tensor:
         """Runs embeddings, blocks and the last layer norm; does not check the ids.
 
         Args:
-            ids: integers (B, T); with positions and a cache also (B,), one of each row.
-            positions: integers of the same shape, the place of each id in its sequence; 0, 1, … by default.
-            cache: one ``LayerCache`` per block, or ``None``.
+            ids: integers (B, T).
             training: switches dropout on.
 
         Returns:
-            Floats (B, T, C), or (B, C), in the compute dtype.
+            Floats (B, T, C) in the compute dtype.
         """
-        if positions is None:
-            positions = tf.range(shape_of(ids)[1])[None]  # (1, T)
-        # gather, not a slice: a slice would compile anew for each position
-        look_up = tf.gather if cache is None else gather_bits
-        x = self.token_embeddings(ids, look_up)  # (B, T, C)
-        x = x + tf.cast(look_up(read(self.wpe), positions), self.compute_dtype)
+        positions = tf.range(shape_of(ids)[1])[None]  # (1, T)
+        x = self.token_embeddings(ids) + tf.cast(plain.gather(self.wpe, positions), self.compute_dtype)  # (B, T, C)
         x = self.embd_dropout(x, training=training)
-        if cache is not None and not tf.executing_eagerly() and are_alike(self.blocks) and hold_tensors(cache):
-            return self.ln_f(call_alike(self.blocks, x, cache))
-        for i, block in enumerate(self.blocks):
-            x = block(x, cache=None if cache is None else cache[i], training=training)
+        for block in self.blocks:
+            x = block(x, training=training)
         return self.ln_f(x)
 
-    def token_embeddings(self, ids: tf.Tensor, look_up: Any = tf.gather) -> tf.Tensor:
+    def token_embeddings(self, ids: tf.Tensor) -> tf.Tensor:
         """Looks up rows of ``wte``: integers (B, T) -> (B, T, C) in the compute dtype."""
         ids = tf.cast(ids, tf.int32)
-        rows = look_up(read(self.wte), ids)  # (B, T, C)
-        if self.wte_scale is not None:
-            rows = tf.cast(rows, tf.float32) * tf.gather(read(self.wte_scale), ids)[..., None]
-        return tf.cast(rows, self.compute_dtype)
+        return formulas.embed_tokens(ids, self._wte_leaf().weight(), dtype=self.compute_dtype, ops=plain)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Multiplies by the token embedding: floats (..., C) -> float32 (..., V)."""
-        return tf.cast(product(hidden, self.wte.value, value_of(self.wte_scale)), tf.float32)
+        return formulas.logits(hidden, self._wte_leaf().weight(), ops=plain)
 
     @property
     def input_dtype(self) -> str:
@@ -209,20 +192,24 @@ class GPT2Model(ParamTree, keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPT2Model:
-        """Makes a model from what ``get_config`` gave."""
-        return cls(**{**config, "config": GPT2Config.from_hparams(config["config"])})
+        """Makes a model from what ``get_config`` returned; what was frozen stays frozen."""
+        arguments = {**config, "config": GPT2Config.from_hparams(config["config"])}
+        frozen = arguments.pop("frozen", None)
+        model = cls(**arguments)
+        if frozen:
+            freeze(model, frozen)
+        return model
 
 
-def read(variable: keras.Variable) -> tf.Tensor:
-    """Gives what a variable holds; once rows are gathered from the variable itself, each later read is a copy."""
-    return value_in_loop(variable.value)
+def one_or_nan(ids: tf.Tensor, config: GPT2Config) -> tf.Tensor:
+    """Returns 1 for rows of valid ids, NaN for others: integers (B, T) -> float32 (B, 1, 1).
 
-
-def gather_bits(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """Gathers as ``tf.gather``, without a gradient; XLA makes a float32 copy of a bfloat16 table that is no bits."""
-    if table.dtype != tf.bfloat16:
-        return tf.gather(table, rows)
-    return tf.bitcast(tf.gather(tf.bitcast(table, tf.uint16), rows), tf.bfloat16)
+    NaN comes into being only where a row has it, so that ``tf.debugging.enable_check_numerics`` has nothing to report.
+    """
+    wide = tf.cast(ids, tf.int64)  # in uint8, say, n_vocab itself might wrap around
+    is_valid = (wide >= 0) & (wide < config.n_vocab) & (tf.shape(ids)[1] <= config.n_ctx)  # (B, T)
+    is_valid = tf.reduce_all(is_valid, axis=-1)[:, None, None]  # (B, 1, 1)
+    return tf.sqrt(tf.where(is_valid, 1.0, -1.0))
 
 
 def check_ids(ids: tf.Tensor, config: GPT2Config) -> None:

@@ -9,27 +9,15 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 
 from __future__ import annotations
 
-import math
 from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree
-from tf_gpt2.config import LAYER_NORM_EPS
-from tf_gpt2.model.loops import value_in_loop
-from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, value_of
-from tf_gpt2.model.products import (
-    gelu,
-    masked,
-    normalize,
-    product,
-    shape_again,
-    shape_of,
-    small_product,
-    softmax,
-    swap_middle,
-)
+from tf_gpt2.model import formulas
+from tf_gpt2.model.arithmetic import plain
+from tf_gpt2.model.param_tree import Leaf, MatrixLeaf, ParamTree, add_matrix
 
 INIT_STDDEV = 0.02
 """Standard deviation of fresh weights. Source: openai/gpt-2, ``src/model.py``, ``conv1d``."""
@@ -72,12 +60,11 @@ class Linear(ParamTree, keras.layers.Layer):
 
     def leaf_tree(self) -> Tree:
         """Gives ``{"b", "w"}``."""
-        return {"b": Leaf(self.b), "w": Leaf(self.w, transposed=True, scale=self.w_scale)}
+        return {"b": Leaf(self.b), "w": MatrixLeaf(self.w, transposed=True, scale=self.w_scale)}
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Computes ``x @ w + b`` in the layer's compute dtype."""
-        x = tf.cast(x, self.compute_dtype)
-        return product(x, self.w.value, value_of(self.w_scale)) + tf.cast(self.b, x.dtype)
+        return formulas.linear(tf.cast(x, self.compute_dtype), self.weights_tree(), ops=plain)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Replaces the last axis."""
@@ -114,8 +101,8 @@ class LayerNorm(ParamTree, keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Normalizes in float32, returns the compute dtype."""
-        g, b = (tf.cast(value_in_loop(w.value), tf.float32) for w in (self.g, self.b))
-        return tf.cast(normalize(tf.cast(x, tf.float32), g, b, eps=LAYER_NORM_EPS), self.compute_dtype)
+        x = tf.cast(x, tf.float32)
+        return tf.cast(formulas.norm(x, self.weights_tree(), ops=plain), self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Keeps the shape."""
@@ -137,7 +124,7 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         quantization: as in ``Linear``.
 
     Call arguments:
-        x: floats (B, T, C) -> (B, T, C); with a cache also (B, C), one position of each row.
+        x: floats (B, T, C) -> (B, T, C).
         cache: ``LayerCache`` of earlier keys and values; ``None`` attends within ``x``.
     """
 
@@ -165,38 +152,14 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
 
     def call(self, x: tf.Tensor, cache: LayerCache | None = None, training: bool | None = None) -> tf.Tensor:
         """Attends within ``x``, or to the cache that ``x`` extends."""
-        q, k, v = map(self.split_heads, tf.split(self.c_attn(x), 3, axis=-1))  # each (B*H, T, D)
-        if cache is None:
-            mask = causal_mask(shape_of(x)[1])
-        else:
-            k, v, mask = cache.update(k, v)
-        weights = self.attn_dropout(self.attention_weights(q, k, mask), training=training)
-        weights = tf.cast(weights, v.dtype)
-        out = self.merge_heads(small_product(weights, v), shape_again(x))  # (B, T, C)
+        out, _ = formulas.attend(
+            self.c_attn(x),
+            n_head=self.n_head,
+            ops=plain,
+            extend=None if cache is None else cache.update,
+            drop=lambda weights: self.attn_dropout(weights, training=training),
+        )
         return self.resid_dropout(self.c_proj(out), training=training)
-
-    def attention_weights(self, q: tf.Tensor, k: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-        """Says how much each query looks at each key: (B*H, T, D), (B*H, S, D), mask -> float32 (B*H, T, S)."""
-        scores = small_product(tf.cast(q, k.dtype), k, transpose_b=True)  # (B*H, T, S)
-        scores = tf.cast(scores, tf.float32) / math.sqrt(self.n_embd // self.n_head)
-        return softmax(masked(scores, mask))
-
-    def split_heads(self, x: tf.Tensor) -> tf.Tensor:
-        """Takes (B, T, C) or (B, C) to (B*H, T, D): three axes, because XLA updates a cache of three in place."""
-        head_width = self.n_embd // self.n_head
-        if len(x.shape) == 2 or x.shape[1] == 1:  # one position: the same order of numbers, so no transpose
-            return tf.reshape(x, (-1, 1, head_width))  # (B*H, 1, D)
-        n_positions = shape_of(x)[1]
-        x = tf.reshape(x, (-1, n_positions, self.n_head, head_width))  # (B, T, H, D)
-        return tf.reshape(swap_middle(x), (-1, n_positions, head_width))  # (B*H, T, D)
-
-    def merge_heads(self, x: tf.Tensor, shape: list[int | tf.Tensor]) -> tf.Tensor:
-        """Takes (B*H, T, D) back to ``shape``, (B, T, C) or (B, C)."""
-        if x.shape[1] == 1:
-            return tf.reshape(x, shape)
-        n_rows, n_positions, _ = shape
-        x = tf.reshape(x, (n_rows, self.n_head, n_positions, self.n_embd // self.n_head))  # (B, H, T, D)
-        return tf.reshape(swap_middle(x), shape)  # (B, T, C)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Keeps the shape."""
@@ -206,12 +169,6 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         """Gives the constructor's arguments."""
         own = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
         return {**super().get_config(), **own}
-
-
-def causal_mask(n_positions: int | tf.Tensor) -> tf.Tensor:
-    """Says which key position (columns) each query position (rows) may see: bool (1, T, T)."""
-    positions = tf.range(n_positions)
-    return (positions[None, :] <= positions[:, None])[None]  # (1, T, T)
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
@@ -247,7 +204,7 @@ class MLP(ParamTree, keras.layers.Layer):
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Widens, applies gelu, narrows."""
-        return self.resid_dropout(self.c_proj(gelu(self.c_fc(x))), training=training)
+        return self.resid_dropout(self.c_proj(plain.gelu(self.c_fc(x))), training=training)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Keeps the shape."""

@@ -17,14 +17,14 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
-from tf_gpt2.model.quantization import dequantize, quantize
+from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, Matrix, dequantize, quantize
 
 _draws = contextvars.ContextVar("draws", default=True)
 
 
 @contextlib.contextmanager
 def blank_weights() -> Iterator[None]:
-    """Leaves the weights of new layers undefined, for those about to be set: memory not written to costs nothing."""
+    """Leaves the weights of new layers at zero, for those about to be set: drawing takes longer than reading them."""
     token = _draws.set(False)
     try:
         yield
@@ -32,9 +32,9 @@ def blank_weights() -> Iterator[None]:
         _draws.reset(token)
 
 
-def normal(stddev: float) -> Callable[..., tf.Tensor]:
-    """Gives the initializer of a fresh weight."""
-    return keras.initializers.RandomNormal(stddev=stddev) if _draws.get() else _undefined
+def normal(stddev: float) -> Any:
+    """Returns the initializer of a fresh weight."""
+    return keras.initializers.RandomNormal(stddev=stddev) if _draws.get() else "zeros"
 
 
 def add_matrix(
@@ -59,26 +59,48 @@ def add_matrix(
     return matrix, scale
 
 
-def value_of(variable: keras.Variable | None) -> tf.Tensor | None:
-    """Gives a variable's tensor, or ``None`` for none."""
-    return None if variable is None else variable.value
-
-
-def _undefined(shape: Sequence[int], dtype: Any = None, **_: Any) -> tf.Tensor:
-    return tf.raw_ops.Empty(shape=shape, dtype=keras.backend.standardize_dtype(dtype))
-
-
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One variable's place in the tree.
 
     Attributes:
         variable: the Keras variable.
-        transposed: whether the variable holds the transpose of the tree's array.
-        scale: the scales of a quantized variable, (n_out,).
     """
 
     variable: keras.Variable
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tree's array."""
+        return tuple(self.variable.shape)
+
+    @property
+    def variables(self) -> tuple[keras.Variable, ...]:
+        """All that the leaf is stored in."""
+        return (self.variable,)
+
+    def weight(self) -> Any:
+        """Returns what the formulas compute with; copies nothing."""
+        return self.variable.value
+
+    def read(self) -> np.ndarray:
+        """Copies the variable out."""
+        return np.asarray(self.variable.value).copy()
+
+    def write(self, array: np.ndarray | tf.Tensor) -> None:
+        """Assigns an array; a tensor of the same dtype is taken without a copy."""
+        self.variable.assign(array)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLeaf(Leaf):
+    """A matrix's place in the tree; the variable is (n_out, n_in).
+
+    Attributes:
+        transposed: whether the tree's array is (n_in, n_out).
+        scale: the scales of an 8-bit matrix, (n_out,).
+    """
+
     transposed: bool = False
     scale: keras.Variable | None = None
 
@@ -88,14 +110,24 @@ class Leaf:
         shape = tuple(self.variable.shape)
         return shape[::-1] if self.transposed else shape
 
+    @property
+    def variables(self) -> tuple[keras.Variable, ...]:
+        """The matrix, and its scales if it has some."""
+        return (self.variable,) if self.scale is None else (self.variable, self.scale)
+
+    def weight(self) -> AnyMatrix:
+        """Returns what the formulas compute with; copies nothing."""
+        value = self.variable.value
+        return Matrix(value) if self.scale is None else Int8Matrix(value, self.scale.value)
+
     def read(self) -> np.ndarray:
-        """Copies the variable out, in the tree's orientation; a quantized one as float32."""
+        """Copies the matrix out, in the tree's orientation; an 8-bit one as float32."""
         value = self.variable.value
         array = np.asarray(value if self.scale is None else dequantize(value, self.scale.value))
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
     def write(self, array: np.ndarray | tf.Tensor) -> None:
-        """Assigns an array that is in the tree's orientation; a tensor of the same dtype is taken without a copy."""
+        """Assigns an array that is in the tree's orientation, rounded where the matrix is an 8-bit one."""
         value = tf.transpose(array) if self.transposed else array
         if self.scale is not None:
             value, scale = quantize(value)
@@ -143,6 +175,10 @@ class ParamTree:
         for path, leaf in leaves(targets):
             leaf.write(np.asarray(sources[path]))
 
+    def weights_tree(self) -> Tree:
+        """Returns the weights as the formulas compute with them, see ``weights``; copies nothing."""
+        return map_leaves(lambda _, leaf: leaf.weight(), self.leaf_tree())
+
     def get_params(self) -> Tree:
         """Gives the weights back as a parameter tree of NumPy arrays, in the variables' dtype, bit for bit."""
         self.ensure_built()
@@ -152,3 +188,55 @@ class ParamTree:
         """Builds the layer if no call has done so; all shapes are known from its arguments."""
         if not self.built:
             self.build((None, None, None))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns Keras's part of the constructor's arguments, and what is frozen inside."""
+        config = super().get_config()  # type: ignore[misc]
+        frozen = frozen_parts(self) if self.built else {}
+        return {**config, "frozen": frozen} if any(frozen.values()) else config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Makes a layer from what ``get_config`` returned; what was frozen stays frozen."""
+        config = dict(config)
+        frozen = config.pop("frozen", None)
+        layer = super().from_config(config)  # type: ignore[misc]
+        if frozen:
+            freeze(layer, frozen)
+        return layer
+
+
+def parts_of(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
+    """Yields all layers inside a layer, with their paths, such as ``"blocks/0/attn"``."""
+    for name, value in vars(layer).items():
+        is_several = name == "blocks"
+        for i, part in enumerate(value if is_several else [value]):
+            if isinstance(part, keras.Layer):
+                inner = f"{path}{name}/{i}" if is_several else f"{path}{name}"
+                yield inner, part
+                yield from parts_of(part, f"{inner}/")
+
+
+def frozen_parts(layer: Any) -> dict[str, list[str]]:
+    """Returns the paths of layers and variables that are not trained; 8-bit ones never are, and are left out."""
+    return {
+        "layers": [path for path, part in parts_of(layer) if not part.trainable],
+        "variables": [path for path, leaf in trainable_leaves(layer) if not leaf.variable.trainable],
+    }
+
+
+def freeze(layer: Any, frozen: Mapping[str, Sequence[str]]) -> None:
+    """Freezes what ``frozen_parts`` returned of another layer of the same form."""
+    layer.ensure_built()
+    for path, part in parts_of(layer):
+        if path in frozen["layers"]:
+            part.trainable = False
+    for path, leaf in trainable_leaves(layer):
+        leaf.variable.trainable = path not in frozen["variables"]
+
+
+def trainable_leaves(layer: Any) -> Iterator[tuple[str, Leaf]]:
+    """Yields the leaves that a user may train or freeze."""
+    for path, leaf in leaves(layer.leaf_tree()):
+        if len(leaf.variables) == 1:
+            yield path, leaf

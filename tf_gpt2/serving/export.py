@@ -20,7 +20,7 @@ import tensorflow as tf
 from tf_gpt2._version import package_version
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.errors import ParamsError
-from tf_gpt2.generation.settings import check_counts
+from tf_gpt2.generation.options import check_counts
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.serving.prompts import PromptReader
 from tf_gpt2.serving.signatures import ServedFunctions
@@ -213,10 +213,9 @@ def hash_weights(model: GPT2Model) -> str:
     """Gives one SHA-256 of all weights, in the order of the parameter tree, as they are stored."""
     digest = hashlib.sha256()
     for path, leaf in leaves(model.leaf_tree()):
-        for variable in (leaf.variable, leaf.scale):
-            if variable is not None:
-                digest.update(path.encode())
-                digest.update(tf.io.serialize_tensor(variable.value).numpy())
+        for variable in leaf.variables:
+            digest.update(path.encode())
+            digest.update(tf.io.serialize_tensor(variable.value).numpy())
     return digest.hexdigest()
 
 

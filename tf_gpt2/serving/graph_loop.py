@@ -7,18 +7,23 @@ products are others; those of several rows are of transposed copies of the weigh
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.loop import SMALLEST_BUCKET, as_plain_loop, as_plain_prefill, decode, grow, prefill
-from tf_gpt2.generation.sampling import Sampling
+from tf_gpt2.generation.cache import Cache
+from tf_gpt2.generation.choose import Sampling
+from tf_gpt2.generation.compiled import with_twins
+from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, decode, grow, prefill
 from tf_gpt2.generation.scoring import chosen_logprobs
-from tf_gpt2.generation.state import Limits
-from tf_gpt2.generation.transposed import over_copies
+from tf_gpt2.model.arithmetic import graph
+from tf_gpt2.model.arithmetic import xla as xla_ops
+from tf_gpt2.model.arithmetic.shapes import shape_of
+from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.products import shape_of
-from tf_gpt2.serving.copies import CopiesInGraph
+from tf_gpt2.model.network import Network, network_of
+from tf_gpt2.serving.copies import TwinsInGraph
 
 SCORED_AT_ONCE = 256
 """Positions whose logits are in memory at one time."""
@@ -63,22 +68,30 @@ class GraphLoop:
     """
 
     def __init__(self, model: GPT2Model, *, xla: bool):
-        self.model = model
+        self.config = model.config
         self.xla = xla
-        self._prefill = self._function(prefill if xla else as_plain_prefill(prefill))
-        self._copies = CopiesInGraph(model) if xla else None
-        self._decode = self._function(over_copies(decode) if xla else as_plain_loop(decode))
+        self._network = network_of(model, xla_ops if xla else graph)
+        self._twins = TwinsInGraph(self._network) if xla else None
+        self._prefill = self._function(prefill)
+        self._decode = self._function(decode)
+        self._decode_several = self._function(self._decode_with_twins)
         self._logprobs = self._function(logprobs_at)
-        self._hidden_states = self._function(lambda model, ids: model.hidden_states(ids))
-        self._logits = self._function(lambda model, ids: model.logits(model.hidden_states(ids)))
+        self._hidden_states = self._function(lambda network, ids: network.hidden_states(ids)[0])
+        self._logits = self._function(lambda network, ids: network.logits(network.hidden_states(ids)[0]))
 
     def _function(self, function: Any) -> Any:
         """Makes a graph that all callers share, so that a SavedModel has it once."""
 
         def bound(*args: Any) -> Any:
-            return function(self.model, *args)
+            network = self._network
+            prepared = dataclasses.replace(network, weights=network.ops.prepare(network.weights))
+            return function(prepared, *args)
 
         return tf.function(bound, jit_compile=self.xla, autograph=False)
+
+    @staticmethod
+    def _decode_with_twins(network: Network, twins: tuple[tf.Tensor, ...], *args: Any) -> Any:
+        return decode(dataclasses.replace(network, weights=with_twins(network.weights, twins)), *args)
 
     def n_rows(self, n_rows: tf.Tensor) -> tf.Tensor:
         """Says to how many rows to pad a batch: there must be one, and XLA compiles for each number."""
@@ -87,7 +100,7 @@ class GraphLoop:
     def n_positions(self, n_positions: tf.Tensor) -> tf.Tensor:
         """Says to how many positions to pad."""
         bucket = tf.maximum(power_of_two(n_positions), SMALLEST_BUCKET) if self.xla else tf.maximum(n_positions, 1)
-        return tf.minimum(bucket, self.model.config.n_ctx)
+        return tf.minimum(bucket, self.config.n_ctx)
 
     def generate(self, prompts: Prompts, sampling: Sampling, limits: Limits) -> Continued:
         """Continues prompts of padded shapes until each row ends."""
@@ -101,17 +114,16 @@ class GraphLoop:
 
     def _generate(self, prompts: Prompts, sampling: Sampling, limits: Limits) -> Continued:
         state = self._prefill(prompts.ids, prompts.lengths, 1, 0, prompts.prompt_lengths)
-        longest = tf.maximum(tf.reduce_max(limits.lengths), tf.shape(prompts.ids)[1])  # of rows that go no further too
+        longest = tf.maximum(tf.reduce_max(limits.lengths), tf.shape(prompts.ids)[1])  # include finished rows
         state = grow(state, self.n_positions(longest))
         has_one_row = prompts.ids.shape[0] == 1
-        if has_one_row:  # of which the cache knows nothing
-            n_head = self.model.config.n_head
-            keys, values = (tuple(with_rows(x, n_head) for x in layers) for layers in (state.keys, state.values))
-            state = state._replace(keys=keys, values=values)
-        arguments = [state, sampling, limits, tf.constant(self.model.config.n_ctx)]
-        if self._copies:
-            arguments.append(() if has_one_row else self._copies())
-        state = self._decode(*arguments)
+        if has_one_row:  # static sizes are lost in the cache's first axis; restore them
+            state = state._replace(cache=with_heads(state.cache, self.config.n_head))
+        n_steps = tf.constant(self.config.n_ctx)
+        if self._twins and self._twins.exist and not has_one_row:
+            state = self._decode_several(self._twins(), state, sampling, limits, n_steps)
+        else:
+            state = self._decode(state, sampling, limits, n_steps)
         return Continued(state.ids, state.lengths, state.logprobs, state.stopped)
 
     def logprobs(self, ids: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
@@ -143,19 +155,25 @@ def with_rows(x: tf.Tensor, n_rows: int) -> tf.Tensor:
     return tf.ensure_shape(x, [n_rows, *x.shape[1:]])
 
 
-def logprobs_at(model: GPT2Model, ids: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+def with_heads(cache: Cache, n_head: int) -> Cache:
+    """Tells TensorFlow that a cache, (B*H, S, D), has one row."""
+    return tuple(KeyValues(*(with_rows(part, n_head) for part in one)) for one in cache)
+
+
+def logprobs_at(network: Network, ids: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Gives each target's log-probability, float32 (B, T), with the logits of a few positions at a time in memory."""
     n_rows, n_positions = shape_of(ids)
-    hidden = tf.reshape(model.hidden_states(ids), (-1, model.config.n_embd))  # (B*T, C)
+    n_embd = network.config.n_embd
+    hidden = tf.reshape(network.hidden_states(ids)[0], (-1, n_embd))  # (B*T, C)
     targets = tf.reshape(targets, (-1,))
     n_places = n_rows * n_positions
     n_pieces = -(-n_places // SCORED_AT_ONCE)
     padding = n_pieces * SCORED_AT_ONCE - n_places
-    hidden = tf.reshape(tf.pad(hidden, [[0, padding], [0, 0]]), (-1, SCORED_AT_ONCE, model.config.n_embd))
+    hidden = tf.reshape(tf.pad(hidden, [[0, padding], [0, 0]]), (-1, SCORED_AT_ONCE, n_embd))
     targets = tf.reshape(tf.pad(targets, [[0, padding]]), (-1, SCORED_AT_ONCE))
 
     def score_piece(i: tf.Tensor, logprobs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        chosen = chosen_logprobs(model, tf.gather(hidden, i), tf.gather(targets, i))  # (P,)
+        chosen = chosen_logprobs(network, tf.gather(hidden, i), tf.gather(targets, i))  # (P,)
         return i + 1, tf.tensor_scatter_nd_update(logprobs, [[i]], chosen[None])
 
     start = tf.constant(0), tf.zeros_like(targets, tf.float32)

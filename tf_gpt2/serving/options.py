@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tf_gpt2.generation.choose import Sampling
+from tf_gpt2.generation.options import RULES, Rule
 from tf_gpt2.generation.processors import Processing
-from tf_gpt2.generation.sampling import Sampling
-from tf_gpt2.generation.settings import RULES, Rule
 
 SERVED_RULES = {
     "max_new_tokens": Rule(0, np.int64, lambda x: x >= 0, "at least 0"),

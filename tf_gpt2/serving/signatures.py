@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.generation.state import Limits
+from tf_gpt2.generation.loop import Limits
 from tf_gpt2.serving.graph_loop import Continued, GraphLoop, Prompts
 from tf_gpt2.serving.options import (
     GENERATE_OPTIONS,

@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tf_gpt2.generation.generate import generate
-from tf_gpt2.generation.lookup_run import check_lookup
+from tf_gpt2.generation.lookup import check_lookup
+from tf_gpt2.generation.options import RULES, SamplingOptions, check_counts, check_top, make_limits, make_sampling
 from tf_gpt2.generation.prompts import check_overflow, check_prompt
-from tf_gpt2.generation.settings import RULES, SamplingOptions, check_counts, check_top, make_limits, make_sampling
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.text.pieces import check_stops, has_stop, make_completions
 from tf_gpt2.tokenizer.encoder import Encoder

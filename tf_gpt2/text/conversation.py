@@ -12,7 +12,7 @@ from tf_gpt2.text.pieces import TextPieces, check_stops
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from tf_gpt2.generation.settings import SamplingOptions
+    from tf_gpt2.generation.options import SamplingOptions
 
 
 class Conversation:

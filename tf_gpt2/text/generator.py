@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.generate import stream, warm_up
+from tf_gpt2.generation.options import SamplingOptions, check_names
 from tf_gpt2.generation.scoring import Progress, score
-from tf_gpt2.generation.settings import SamplingOptions, check_names
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.text.batches import check_text, check_texts, complete_many, encode_prompt
 from tf_gpt2.text.perplexity import Perplexity, measure_perplexity

@@ -14,7 +14,7 @@ from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.generation.generate import generate
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.quantization import ROWS_AT_ONCE, dequantize, quantize
+from tf_gpt2.model.weights import ROWS_AT_ONCE, dequantize, quantize
 
 MATRICES = ("wte", "attn/c_attn/w", "attn/c_proj/w", "mlp/c_fc/w", "mlp/c_proj/w")
 

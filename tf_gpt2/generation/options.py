@@ -15,9 +15,9 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.config import GPT2Config
+from tf_gpt2.generation.choose import Sampling
+from tf_gpt2.generation.loop import Limits
 from tf_gpt2.generation.processors import Processing
-from tf_gpt2.generation.sampling import Sampling
-from tf_gpt2.generation.state import Limits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

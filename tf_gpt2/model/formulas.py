@@ -1,0 +1,194 @@
+"""GPT-2 as functions of its weights: token ids -> logits.
+
+Axis letters: B batch, T query positions, S key positions, C width, H heads, D head width, F MLP width, V vocabulary,
+L layers, N = B*H. ``weights`` is the parameter tree under OpenAI's names, whose matrices are of the types in
+``weights``; ``ops`` is a module of ``arithmetic``, which decides how each operation is computed.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2, ``src/model.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tf_gpt2.config import LAYER_NORM_EPS
+from tf_gpt2.model.arithmetic import Ops
+from tf_gpt2.model.arithmetic.shapes import shape_of
+from tf_gpt2.model.weights import AnyMatrix, Int8Matrix
+
+Weights = Any
+"""The parameter tree, or a part of it: nested dicts, ``blocks`` a list."""
+
+
+class KeyValues(NamedTuple):
+    """What one block's attention computed for earlier positions, or has room for.
+
+    Attributes:
+        keys: floats (N, S, D).
+        values: floats (N, S, D).
+    """
+
+    keys: tf.Tensor
+    values: tf.Tensor
+
+
+class Past(NamedTuple):
+    """One block's cache, and where new keys and values go in it.
+
+    Attributes:
+        keys: floats (N, S, D).
+        values: floats (N, S, D).
+        places: what ``ops.places`` returned; the same for all blocks.
+        mask: bool (N, T, S), what each new position may see; the same for all blocks.
+    """
+
+    keys: tf.Tensor
+    values: tf.Tensor
+    places: tf.Tensor
+    mask: tf.Tensor
+
+
+Extend = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+"""Puts new keys and values, (N, T, D), behind earlier ones; returns all, (N, S, D), and a mask, (N or 1, T, S)."""
+
+
+def hidden_states(
+    ids: tf.Tensor,
+    weights: Weights,
+    *,
+    n_head: int,
+    dtype: str,
+    ops: Ops,
+    positions: tf.Tensor | None = None,
+    past: Sequence[Past] | None = None,
+) -> tuple[tf.Tensor, tuple[KeyValues, ...]]:
+    """Runs embeddings, blocks and the last layer norm.
+
+    Args:
+        ids: integers (B, T).
+        weights: the whole tree.
+        n_head: H.
+        dtype: to compute in.
+        ops: the arithmetic.
+        positions: int32 (B, T), the place of each id in its sequence; 0, 1, … by default.
+        past: a cache per block, for ids that follow earlier ones.
+
+    Returns:
+        What comes before the logits, (B, T, C); and each block's keys and values: those of ``ids``, (N, T, D), or the
+        whole cache with them.
+    """
+    if positions is None:
+        positions = tf.range(shape_of(ids)[1])[None]  # (1, T)
+    x = embed(ids, positions, weights, dtype=dtype, ops=ops)  # (B, T, C)
+    run_block = ops.once(functools.partial(block, n_head=n_head, ops=ops))
+    present = []
+    for i, w in enumerate(weights["blocks"]):
+        x, key_values = run_block(x, w, past[i] if past else None)
+        present.append(key_values)
+    return norm(x, weights["ln_f"], ops=ops), tuple(present)
+
+
+def logits(x: tf.Tensor, wte: AnyMatrix, *, ops: Ops) -> tf.Tensor:
+    """Multiplies by the token embedding: floats (..., C) -> float32 (..., V)."""
+    return tf.cast(ops.product(x, wte), tf.float32)
+
+
+def embed(ids: tf.Tensor, positions: tf.Tensor, weights: Weights, *, dtype: str, ops: Ops) -> tf.Tensor:
+    """Adds token and position embeddings: integers (B, T) -> (B, T, C)."""
+    return embed_tokens(ids, weights["wte"], dtype=dtype, ops=ops) + tf.cast(
+        ops.gather(weights["wpe"], positions), dtype
+    )
+
+
+def embed_tokens(ids: tf.Tensor, wte: AnyMatrix, *, dtype: str, ops: Ops) -> tf.Tensor:
+    """Looks up rows of the token embedding: integers (B, T) -> (B, T, C)."""
+    rows = ops.gather(wte.value, ids)
+    if isinstance(wte, Int8Matrix):
+        rows = tf.cast(rows, tf.float32) * tf.expand_dims(ops.gather(wte.scale, ids), -1)
+    return tf.cast(rows, dtype)
+
+
+def block(x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: Ops) -> tuple[tf.Tensor, KeyValues]:
+    """Adds attention's and the MLP's contributions to ``x``, (B, T, C)."""
+    attended, key_values = attention(norm(x, w["ln_1"], ops=ops), w["attn"], past, n_head=n_head, ops=ops)
+    x = x + attended
+    return x + mlp(norm(x, w["ln_2"], ops=ops), w["mlp"], ops=ops), key_values
+
+
+def attention(x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: Ops) -> tuple[tf.Tensor, KeyValues]:
+    """Lets each position see itself and what came before: (B, T, C) -> (B, T, C)."""
+    qkv = linear(x, w["c_attn"], ops=ops)  # (B, T, 3C)
+    extend = None if past is None else functools.partial(write_behind, past, ops)
+    out, key_values = attend(qkv, n_head=n_head, ops=ops, extend=extend)
+    return linear(tf.cast(out, x.dtype), w["c_proj"], ops=ops), key_values
+
+
+def write_behind(past: Past, ops: Ops, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Writes new keys and values, (N, T, D), into a cache; returns the whole of it, and the mask."""
+    # written first and attended to after: the other order makes XLA copy the cache at each step
+    return ops.write(past.keys, k, past.places), ops.write(past.values, v, past.places), past.mask
+
+
+def attend(
+    qkv: tf.Tensor,
+    *,
+    n_head: int,
+    ops: Ops,
+    extend: Extend | None = None,
+    drop: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+) -> tuple[tf.Tensor, KeyValues]:
+    """Sums values by how much each query looks at each key.
+
+    Args:
+        qkv: floats (B, T, 3C): queries, keys, values.
+        n_head: H.
+        ops: the arithmetic.
+        extend: puts keys and values behind earlier ones; by default there are none.
+        drop: changes the attention weights: dropout.
+
+    Returns:
+        Floats (B, T, C), and the keys and values that were attended to.
+    """
+    q, k, v = (split_heads(part, n_head, ops) for part in tf.split(qkv, 3, axis=-1))  # each (N, T, D)
+    k, v, mask = extend(k, v) if extend else (k, v, causal_mask(shape_of(qkv)[1]))
+    weights = drop(ops.attention_weights(q, k, mask))  # (N, T, S)
+    return merge_heads(ops.weighted_sum(weights, v), n_head, ops), KeyValues(k, v)
+
+
+def causal_mask(n_positions: int | tf.Tensor) -> tf.Tensor:
+    """Returns which key positions (columns) each query position (rows) may see: bool (1, T, T)."""
+    positions = tf.range(n_positions)
+    return (positions <= tf.expand_dims(positions, 1))[None]  # (1, T, T)
+
+
+def split_heads(x: tf.Tensor, n_head: int, ops: Ops) -> tf.Tensor:
+    """Takes (B, T, C) to (N, T, D): three axes, because XLA updates a cache of three in place."""
+    n_positions, head_width = shape_of(x)[1], x.shape[-1] // n_head
+    x = tf.reshape(x, (-1, n_positions, n_head, head_width))  # (B, T, H, D)
+    return tf.reshape(ops.swap_middle(x), (-1, n_positions, head_width))  # (N, T, D)
+
+
+def merge_heads(x: tf.Tensor, n_head: int, ops: Ops) -> tf.Tensor:
+    """Takes (N, T, D) back to (B, T, C)."""
+    n_positions, head_width = shape_of(x)[1], x.shape[-1]
+    x = tf.reshape(x, (-1, n_head, n_positions, head_width))  # (B, H, T, D)
+    return tf.reshape(ops.swap_middle(x), (-1, n_positions, n_head * head_width))  # (B, T, C)
+
+
+def mlp(x: tf.Tensor, w: Weights, *, ops: Ops) -> tf.Tensor:
+    """Widens, applies gelu, narrows: (B, T, C) -> (B, T, F) -> (B, T, C)."""
+    return linear(ops.gelu(linear(x, w["c_fc"], ops=ops)), w["c_proj"], ops=ops)
+
+
+def linear(x: tf.Tensor, w: Weights, *, ops: Ops) -> tf.Tensor:
+    """Computes ``x @ w + b``: (..., n_in) -> (..., n_out)."""
+    return ops.product(x, w["w"]) + tf.cast(w["b"], x.dtype)
+
+
+def norm(x: tf.Tensor, w: Weights, *, ops: Ops) -> tf.Tensor:
+    """Computes layer norm with gain and bias over the last axis: (..., C) -> (..., C)."""
+    return ops.norm(x, w["g"], w["b"], LAYER_NORM_EPS)

@@ -1,0 +1,118 @@
+"""``Network``: a model as data, for what is compiled once and serves all models of one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from tf_gpt2.config import GPT2Config
+from tf_gpt2.model import formulas
+from tf_gpt2.model.arithmetic import Ops
+from tf_gpt2.model.arithmetic.shapes import shape_of
+from tf_gpt2.model.formulas import KeyValues, Past, Weights
+from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
+from tf_gpt2.model.param_tree import parts_of
+
+OWN_LAYERS = {GPT2Model, Block, CausalSelfAttention, MLP, LayerNorm, Linear, keras.layers.Dropout}
+FORMULAS = ("call", "hidden_states", "logits", "token_embeddings")
+"""Methods of a model that decide what it computes; a subclass may change any other."""
+WRAPPED_BY_KERAS = {"build", "quantize"}
+"""Methods that Keras puts into each layer's own attributes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """GPT-2 with its weights as tensors and a way to compute.
+
+    Attributes:
+        weights: the parameter tree, see ``formulas``.
+        config: the hyperparameters.
+        dtype: to compute in.
+        ops: a module of ``arithmetic``.
+    """
+
+    weights: Weights
+    config: GPT2Config
+    dtype: str
+    ops: Ops
+
+    def hidden_states(
+        self, ids: tf.Tensor, positions: tf.Tensor | None = None, past: Sequence[KeyValues] | None = None
+    ) -> tuple[tf.Tensor, tuple[KeyValues, ...]]:
+        """Runs all but the head.
+
+        What lies in the cache at later positions is neither seen nor needed: it may be left from tokens that were taken
+        back.
+
+        Args:
+            ids: int32 (B, T).
+            positions: int32 (B, T), ascending, for ids that follow what the cache holds; those of tokens that do not
+                count may be equal.
+            past: a cache per block, (N, S, D).
+
+        Returns:
+            What comes before the logits, (B, T, C); each block's keys and values, or the longer cache.
+        """
+        return formulas.hidden_states(
+            ids,
+            self.weights,
+            n_head=self.config.n_head,
+            dtype=self.dtype,
+            ops=self.ops,
+            positions=positions,
+            past=None if past is None else self._place(positions, past),
+        )
+
+    def _place(self, positions: tf.Tensor, cache: Sequence[KeyValues]) -> list[Past]:
+        """Returns each block's cache with the places that positions, int32 (B, T), have in it."""
+        like = cache[0].keys
+        of_heads = tf.tile(positions, (1, self.config.n_head))
+        of_heads = tf.reshape(of_heads, (-1, shape_of(positions)[1]))  # (N, T)
+        mask = tf.range(shape_of(like)[1]) <= tf.expand_dims(of_heads, -1)  # (N, T, S)
+        places = self.ops.places(of_heads, like)
+        return [Past(*one, places, mask) for one in cache]
+
+    def logits(self, hidden: tf.Tensor) -> tf.Tensor:
+        """Computes logits: floats (..., C) -> float32 (..., V)."""
+        return formulas.logits(hidden, self.weights["wte"], ops=self.ops)
+
+
+def network_of(model: GPT2Model, ops: Ops) -> Network:
+    """Returns a model's network, whose weights are the model's variables."""
+    return Network(weights_of(model), model.config, model.compute_dtype, ops)
+
+
+def weights_of(model: GPT2Model) -> Weights:
+    """Returns a model's variables as a tree that the formulas compute with; copies nothing.
+
+    Raises:
+        ValueError: when a layer has been replaced or changed, as the formulas would compute something else.
+    """
+    for path, layer in [("model", model), *parts_of(model)]:
+        check_own(path, layer, model.compute_dtype)
+    return model.weights_tree()
+
+
+def check_own(path: str, layer: keras.Layer, dtype: str) -> None:
+    """Refuses a layer that computes something else than the formulas."""
+    kind = type(layer)
+    if isinstance(layer, GPT2Model):
+        is_own = all(getattr(kind, name) is getattr(GPT2Model, name) for name in FORMULAS)
+    else:
+        is_own = kind in OWN_LAYERS
+    changed = vars(layer).keys() & vars(kind).keys() - WRAPPED_BY_KERAS
+    what = ", ".join(sorted(changed)) if is_own else f"its class {kind.__name__}"
+    if not is_own or changed:
+        raise ValueError(
+            f"{path} has been replaced or changed ({what}): generation computes with the package's own layers, and "
+            f"would give something else than model(ids); put the layer back, or call model(ids) for each token"
+        )
+    if layer.compute_dtype != dtype:
+        raise ValueError(
+            f"{path} computes in {layer.compute_dtype} and the model in {dtype}: generation has one dtype; give all "
+            f"layers the model's policy"
+        )

@@ -1,0 +1,74 @@
+"""GPT-2 in sixty lines of NumPy: token ids -> logits. Read this first.
+
+One row of ids at a time, the whole attention matrix, no cache, float64, nothing of the rest of the package: what all
+faster code is tested against. ``params`` is the parameter tree under OpenAI's names, as
+``tf_gpt2.load_gpt2_params_from_tf_ckpt`` returns it. Axis letters: T positions, C width, D head width, V vocabulary.
+
+Sources: Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (attention), Ba et al. 2016 (layer norm), Hendrycks and Gimpel
+2016 (gelu).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def logits(ids: Sequence[int], params: Mapping[str, Any], n_head: int) -> np.ndarray:
+    """Computes the logits of the next token at each position: T ids -> float64 (T, V)."""
+    x = as_float64(params["wte"])[ids] + as_float64(params["wpe"])[: len(ids)]  # (T, C)
+    for w in params["blocks"]:
+        x = block(x, w, n_head)
+    return layer_norm(x, params["ln_f"]) @ as_float64(params["wte"]).T  # (T, V)
+
+
+def block(x: np.ndarray, w: Mapping[str, Any], n_head: int) -> np.ndarray:
+    """Adds to each position what attention and the MLP make of it: (T, C) -> (T, C)."""
+    x = x + attention(layer_norm(x, w["ln_1"]), w["attn"], n_head)
+    return x + mlp(layer_norm(x, w["ln_2"]), w["mlp"])
+
+
+def attention(x: np.ndarray, w: Mapping[str, Any], n_head: int) -> np.ndarray:
+    """Lets each position gather from itself and those before it: (T, C) -> (T, C)."""
+    n_positions, width = x.shape
+    is_later = np.triu(np.ones((n_positions, n_positions), bool), k=1)  # the causal mask: query row, key column
+    queries, keys, values = np.split(linear(x, w["c_attn"]), 3, axis=1)  # each (T, C)
+    heads = []
+    for q, k, v in zip(*(np.split(part, n_head, axis=1) for part in (queries, keys, values)), strict=True):  # (T, D)
+        scores = q @ k.T / np.sqrt(width / n_head)  # (T, T)
+        heads.append(softmax(np.where(is_later, -np.inf, scores)) @ v)  # (T, D)
+    return linear(np.concatenate(heads, axis=1), w["c_proj"])
+
+
+def mlp(x: np.ndarray, w: Mapping[str, Any]) -> np.ndarray:
+    """Transforms each position by itself: (T, C) -> (T, 4C) -> (T, C)."""
+    return linear(gelu(linear(x, w["c_fc"])), w["c_proj"])
+
+
+def linear(x: np.ndarray, w: Mapping[str, Any]) -> np.ndarray:
+    """Multiplies by a matrix and adds a bias: (T, n_in) -> (T, n_out)."""
+    return x @ as_float64(w["w"]) + as_float64(w["b"])
+
+
+def layer_norm(x: np.ndarray, w: Mapping[str, Any]) -> np.ndarray:
+    """Brings each position to mean 0 and variance 1, then applies gain and bias: (T, C) -> (T, C)."""
+    mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-5) * as_float64(w["g"]) + as_float64(w["b"])
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """Computes gelu in the tanh form."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Turns scores into weights that sum to 1 along the last axis."""
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def as_float64(x: Any) -> np.ndarray:
+    """Returns an array of any float type in float64."""
+    return np.asarray(x).astype(np.float64)
