@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.checkpoint.index import find_prefix, masked_crc32c, parse_index, read_index
+from tf_gpt2.checkpoint.index import find_prefix, parse_index, read_index
+from tf_gpt2.checkpoint.tables import masked_crc32c
 from tf_gpt2.errors import CheckpointError
 
 TINY = (embedded_dir() / "model.ckpt.index").read_bytes()

@@ -1,42 +1,30 @@
 """What a TensorFlow checkpoint holds, read from its small files ``checkpoint`` and ``<prefix>.index``.
 
-An index is a sorted table of variable names: blocks of entries, each block with a checksum, and a footer. Knows nothing
-of GPT-2, and needs no TensorFlow, so that a folder can be judged before TensorFlow starts.
+An index is a table of variable names. Knows nothing of GPT-2, and needs no TensorFlow, so that a folder can be judged
+before TensorFlow starts.
 
-Source of the formats: tensorflow ``core/lib/io/table_format.txt``, ``core/protobuf/tensor_bundle.proto``,
-``python/training/checkpoint_state.proto``.
+Source: tensorflow, ``core/protobuf/tensor_bundle.proto``, ``python/training/checkpoint_state.proto``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
+from tf_gpt2.checkpoint.tables import messages, number, read_fields, read_table
 from tf_gpt2.errors import CheckpointError
-
-FOOTER_BYTES, TRAILER_BYTES = 48, 5
-MAGIC = bytes.fromhex("57fb808b247547db")
-"""The last bytes of a table."""
 
 MOST_INDEX_BYTES = 1 << 22
 """An index has some 40 bytes per variable: 21 kB for the largest GPT-2."""
-
-MOST_NAME_BYTES = 1 << 25
-"""Of all names together: an entry of a few bytes can repeat a long part of the name before it."""
 
 MOST_STATE_BYTES = 1 << 20
 """The file ``checkpoint`` of a long training run names all that were kept."""
 
 DTYPES = {1: "float32", 2: "float64", 3: "int32", 7: "string", 9: "int64", 14: "bfloat16", 19: "float16"}
 """Names of the numbers in TensorFlow's ``types.proto``."""
-
-Fields = dict[int, list["int | bytes"]]
-"""A protocol buffer: number of a field to its values, in their order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,50 +157,15 @@ def parse_index(body: bytes) -> Index:
     Raises:
         ValueError, IndexError: when it is damaged.
     """
-    if len(body) < FOOTER_BYTES or body[-len(MAGIC) :] != MAGIC:
-        raise ValueError("it does not end as one")
-    footer = body[-FOOTER_BYTES:]
-    place = read_handle(footer, read_handle(footer, 0)[2])
-    variables, n_shards, end, last, n_name_bytes = {}, None, 0, None, 0
-    for _, handle in read_block(body, *place[:2]):
-        offset, size, _ = read_handle(handle, 0)
-        if offset < end:
-            raise ValueError("its blocks overlap")
-        end = offset + size
-        for name, entry in read_block(body, offset, size):
-            n_name_bytes += len(name)
-            if n_name_bytes > MOST_NAME_BYTES or (last is not None and name <= last):
-                raise ValueError("its names are too long, or not in order")
-            last = name
-            if name == b"":  # the header comes first
-                n_shards = read_header(entry)
-            elif not name.startswith(b"\0"):  # that is a slice, and belongs to another entry
-                variables[name.decode("utf-8")] = read_entry(entry)
+    variables, n_shards = {}, None
+    for name, entry in read_table(body):
+        if name == b"":  # the header comes first
+            n_shards = read_header(entry)
+        elif not name.startswith(b"\0"):  # that is a slice, and belongs to another entry
+            variables[name.decode("utf-8")] = read_entry(entry)
     if n_shards is None:
         raise ValueError("it has no header")
     return Index(n_shards, variables)
-
-
-def read_block(body: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yields the entries of one block; each name repeats the first bytes of the one before."""
-    block, trailer = body[offset : offset + size], body[offset + size : offset + size + TRAILER_BYTES]
-    if len(trailer) < TRAILER_BYTES or size < 4:
-        raise ValueError("it is cut short")
-    if int.from_bytes(trailer[1:], "little") != masked_crc32c(block + trailer[:1]):
-        raise ValueError("a checksum is wrong")
-    if trailer[0]:
-        raise ValueError("it is compressed, which TensorFlow's checkpoints are not")
-    end = size - 4 * (1 + int.from_bytes(block[-4:], "little"))  # Behind the entries are restart points.
-    at, name = 0, b""
-    while at < end:
-        n_shared, at = read_varint(block, at)
-        n_new, at = read_varint(block, at)
-        n_value, at = read_varint(block, at)
-        if n_shared > len(name) or at + n_new + n_value > end:
-            raise ValueError("an entry is damaged")
-        name = name[:n_shared] + block[at : at + n_new]
-        at += n_new + n_value
-        yield name, block[at - n_value : at]
 
 
 def read_header(entry: bytes) -> int:
@@ -235,78 +188,6 @@ def read_entry(entry: bytes) -> StoredVariable:
         offset=number(fields, 4),
         n_bytes=number(fields, 5),
     )
-
-
-def read_fields(message: bytes) -> Fields:
-    """Reads the fields of a protocol buffer."""
-    fields: Fields = {}
-    at = 0
-    while at < len(message):
-        tag, at = read_varint(message, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = read_varint(message, at)
-            fields.setdefault(tag >> 3, []).append(value)
-            continue
-        size, at = read_varint(message, at) if kind == 2 else ({1: 8, 5: 4}.get(kind, len(message)), at)
-        if at + size > len(message) or tag < 8:
-            raise ValueError("a message is damaged")
-        fields.setdefault(tag >> 3, []).append(message[at : at + size])
-        at += size
-    return fields
-
-
-def number(fields: Fields, key: int) -> int:
-    """Returns an integer field, 0 when it is not there."""
-    value = fields.get(key, [0])[-1]
-    if not isinstance(value, int):
-        raise ValueError("a message is damaged")
-    return value
-
-
-def messages(fields: Fields, key: int) -> list[bytes]:
-    """Returns the values of a field that holds messages."""
-    values = [value for value in fields.get(key, []) if isinstance(value, bytes)]
-    if len(values) < len(fields.get(key, [])):
-        raise ValueError("a message is damaged")
-    return values
-
-
-def read_handle(body: bytes, at: int) -> tuple[int, int, int]:
-    """Reads the offset and size of a block, and where the next handle starts."""
-    offset, at = read_varint(body, at)
-    size, at = read_varint(body, at)
-    return offset, size, at
-
-
-def read_varint(body: bytes, at: int) -> tuple[int, int]:
-    """Reads an integer of seven bits per byte, and where the next one starts."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = body[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number is too long")
-
-
-@functools.cache
-def crc32c_table() -> list[int]:
-    """Computes the checksum of each byte: CRC-32 with Castagnoli's polynomial."""
-    table = list(range(256))
-    for _ in range(8):
-        table = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in table]
-    return table
-
-
-def masked_crc32c(body: bytes) -> int:
-    """Computes a checksum as tables store it: rotated, so that it differs from that of data with checksums inside."""
-    table, crc = crc32c_table(), 0xFFFFFFFF
-    for byte in body:
-        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def places_that_lack_bytes(prefix: Path, index: Index, names: list[str]) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tf_gpt2.checkpoint.download import VOCABULARY_FILES, resolve_checkpoint
+from tf_gpt2.checkpoint.download import resolve_checkpoint
+from tf_gpt2.checkpoint.genuine import VOCABULARY_FILES
 from tf_gpt2.checkpoint.params import Tree
 from tf_gpt2.config import read_hparams
 from tf_gpt2.tokenizer.encoder import Encoder

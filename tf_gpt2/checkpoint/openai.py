@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -22,6 +23,8 @@ from tf_gpt2.checkpoint.variables import find_weights, stored_shape, variable_na
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "model.ckpt"
 
 STATE = f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'
@@ -33,6 +36,8 @@ PATTERN_SIGNS = re.compile(rb"[*?\[\\]")
 
 def open_checkpoint(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str, tf.Tensor]]:
     """Checks a checkpoint, and returns what reads it one variable at a time.
+
+    What is no weight, such as an optimizer's state, is ignored, and named in the log at level DEBUG.
 
     Args:
         folder: holds ``checkpoint`` and what that names; or the path of a checkpoint without its ending.
@@ -46,7 +51,11 @@ def open_checkpoint(folder: str | Path, config: GPT2Config) -> Iterator[tuple[st
         CheckpointError: at once when the checkpoint is not complete or its weights are not exactly those of a GPT-2
             of this config; at a variable whose bytes are damaged.
     """
-    return read_variables(find_weights(folder, config), config)
+    prefix, ignored = find_weights(folder, config)
+    if ignored:
+        names = ", ".join(name[:200] for name in ignored)
+        logger.debug("%s has %d variables that are no weights, ignored: %s", prefix, len(ignored), names)
+    return read_variables(prefix, config)
 
 
 def read_variables(prefix: Path, config: GPT2Config) -> Iterator[tuple[str, tf.Tensor]]:

@@ -5,7 +5,6 @@ The only module that knows the names: ``model/wte``, ``model/h0/attn/c_attn/w``,
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from tf_gpt2.checkpoint.index import Index, find_prefix, places_that_lack_bytes,
 from tf_gpt2.checkpoint.params import leaves, param_shapes
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
 
 LEAF = r"model/(?:wte|wpe|(?:ln_f|h\d+/ln_[12])/[bg]|h\d+/(?:attn/c_(?:attn|proj)|mlp/c_(?:fc|proj))/[bw])"
 
@@ -38,17 +35,15 @@ def expected_variables(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     return {variable_name(path): stored_shape(path, shape) for path, shape in leaves(param_shapes(config))}
 
 
-def find_weights(folder: str | Path, config: GPT2Config) -> Path:
+def find_weights(folder: str | Path, config: GPT2Config) -> tuple[Path, list[str]]:
     """Finds a checkpoint that has all weights of a model, with the files that hold them.
-
-    What is no weight, such as an optimizer's state, is ignored, and named in the log at level DEBUG.
 
     Args:
         folder: holds ``checkpoint`` and what that names; or the path of a checkpoint without its ending.
         config: the hyperparameters that the variables must fit.
 
     Returns:
-        The path of the checkpoint without its ending.
+        The path of the checkpoint without its ending, and the names of what is no weight, such as an optimizer's state.
 
     Raises:
         CheckpointError: when a file is missing, damaged or too short, a weight missing, misshapen or one too many.
@@ -64,9 +59,7 @@ def find_weights(folder: str | Path, config: GPT2Config) -> Path:
         )
     if problem := places_that_lack_bytes(prefix, index, list(expected)):
         raise CheckpointError(f"{prefix} is not complete: {problem}; take the whole folder anew from where it came")
-    if ignored := sorted(index.variables.keys() - expected.keys()):
-        logger.debug("%s has %d variables that are no weights, ignored: %s", prefix, len(ignored), ", ".join(ignored))
-    return prefix
+    return prefix, sorted(index.variables.keys() - expected.keys())
 
 
 def misfits(index: Index, expected: dict[str, tuple[int, ...]]) -> list[str]:
