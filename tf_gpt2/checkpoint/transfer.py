@@ -33,7 +33,7 @@ LONGEST_RETRY_AFTER_S = 20.0
 LEAST_BYTES, LEAST_BYTES_PER_S = 64 * 1024, 60.0
 """A server sends at least so many bytes in so many seconds, headers included, or is left."""
 
-CHUNK_BYTES = 16 * 1024
+CHUNK_BYTES = 64 * 1024
 """Read at once: a stream that is cut loses up to so much."""
 
 MOST_REDIRECTS = 10
