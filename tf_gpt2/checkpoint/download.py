@@ -27,6 +27,7 @@ from tf_gpt2.checkpoint.genuine import (
     is_genuine,
     length_bounds,
 )
+from tf_gpt2.checkpoint.index import is_folder
 from tf_gpt2.checkpoint.variables import find_weights
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.errors import CheckpointError, DownloadError
@@ -76,7 +77,7 @@ def resolve_checkpoint(model_size: str, models_dir: str | Path, *, needed: Seque
     absent = absent_files(folder, [name for name in needed if name in READ_FIRST])
     if absent and model_size == "tiny":
         return embedded_dir()
-    if absent and os.access(folder, os.F_OK):
+    if absent and is_folder(folder):
         raise CheckpointError(f"{folder} lacks {', '.join(absent)}; add them or take another model: {CHOICES}")
     if absent:
         download_gpt2_files(model_size, folder, needed=needed)  # raises: there is no such size

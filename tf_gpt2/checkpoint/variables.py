@@ -58,7 +58,9 @@ def find_weights(folder: str | Path, config: GPT2Config) -> tuple[Path, list[str
             f"take the hparams.json of these weights, or the whole folder anew from where it came"
         )
     if problem := places_that_lack_bytes(prefix, index, list(expected)):
-        raise CheckpointError(f"{prefix} is not complete: {problem}; take the whole folder anew from where it came")
+        raise CheckpointError(
+            f"the checkpoint {prefix} is not complete: {problem}; take the whole folder anew from where it came"
+        )
     return prefix, sorted(index.variables.keys() - expected.keys())
 
 
