@@ -52,8 +52,8 @@ def read_encoder_and_config(folder: str | Path) -> tuple[Encoder, GPT2Config]:
     encoder, config = Encoder.from_files(folder), GPT2Config.from_file(Path(folder) / "hparams.json")
     if len(encoder) != config.n_vocab or max(encoder.decoder) >= config.n_vocab:
         raise CheckpointError(
-            f"the files in {folder} do not fit each other: encoder.json has {len(encoder)} tokens with ids up to "
-            f"{max(encoder.decoder)}, and hparams.json n_vocab={config.n_vocab}; take both from one folder"
+            f"the files in {folder} do not fit each other: encoder has {len(encoder)} tokens and model "
+            f"n_vocab={config.n_vocab}, ids up to {max(encoder.decoder)}; take both files from one folder"
         )
     return encoder, config
 
