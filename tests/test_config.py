@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -49,6 +50,31 @@ def test_what_is_no_integer_is_named(name, value):
 def test_what_is_below_one_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {value}"):
         GPT2Config(**{**SMALL, name: value})
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("value", [10**9, 2**63, 10**5000], ids=["9", "19", "5000"])
+def test_what_no_gpt2_has_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must ") as caught:
+        GPT2Config(**{**SMALL, name: value})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("value", [-(10**5000), -(10**30)], ids=["5000", "30"])
+def test_any_integer_can_be_named(value):
+    with pytest.raises(ValueError, match=r"^n_ctx must be at least 1, got an integer of"):
+        GPT2Config(**{**SMALL, "n_ctx": value})
+
+
+def test_values_that_are_too_many_together_are_named():
+    with pytest.raises(ValueError, match=r"n_embd=1048576 with n_layer=1000 .* parameters"):
+        GPT2Config(n_vocab=11, n_ctx=7, n_embd=1 << 20, n_head=1, n_layer=1000)
+
+
+def test_models_far_larger_than_gpt2_are_valid():
+    gpt3 = GPT2Config(n_vocab=50257, n_ctx=2048, n_embd=12288, n_head=96, n_layer=96)
+    assert gpt3.n_params > 174e9
+    GPT2Config(n_vocab=250_000, n_ctx=1_000_000, n_embd=64, n_head=1, n_layer=500)
 
 
 @pytest.mark.parametrize("n_head", [4, 5, 7, 12])
@@ -108,6 +134,11 @@ def test_hparams_are_read_as_they_stand(tmp_path):
         json.dumps({**SMALL, "n_ctx": None}).encode(),
         json.dumps(SMALL).encode()[:-1],
         json.dumps(SMALL).encode().replace(b"11", b"1" * 5000),
+        json.dumps(SMALL).encode().replace(b"11", b"1" * 4000),
+        json.dumps({**SMALL, "n_layer": 10**9}).encode(),
+        json.dumps({**SMALL, "n_vocab": 2**31}).encode(),
+        json.dumps({**SMALL, "n_vocab": ["a long text"] * 10_000}).encode(),
+        b" " * 2_000_000 + json.dumps(SMALL).encode(),
         b"[" * 100_000,
     ],
 )
@@ -119,6 +150,15 @@ def test_damaged_hparams_are_a_checkpoint_error(damaged, tmp_path):
             read(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "hparams.json"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read_hparams(path)
 
 
 def test_no_hparams_is_a_checkpoint_error(tmp_path):

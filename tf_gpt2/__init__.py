@@ -29,6 +29,7 @@ _HOMES = {
     "export_saved_model": "tf_gpt2.serving.export",
     "generate": "tf_gpt2.generation.generate",
     "get_encoder": "tf_gpt2.checkpoint.load",
+    "load": "tf_gpt2.text.generator",
     "load_encoder_hparams_and_params": "tf_gpt2.checkpoint.load",
     "load_gpt2_params_from_tf_ckpt": "tf_gpt2.checkpoint.openai",
     "save_gpt2_params_to_tf_ckpt": "tf_gpt2.checkpoint.openai",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,14 @@ from tf_gpt2.errors import CheckpointError
 
 LAYER_NORM_EPS = 1e-5
 """Added to the variance in every layer norm. Source: openai/gpt-2, ``src/model.py``, ``norm``."""
+
+
+MOST: Mapping[str, int] = MappingProxyType({"n_vocab": 1 << 24, "n_ctx": 1 << 24, "n_embd": 1 << 20, "n_layer": 1000})
+"""Upper bounds, far above any GPT-2: a file with a billion layers is damaged, and nobody waits for such a model."""
+
+MOST_PARAMS = 1 << 40
+
+MOST_HPARAMS_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +40,7 @@ class GPT2Config:
 
     Raises:
         TypeError: when a value is not an integer.
-        ValueError: when a value is below 1, or ``n_head`` does not divide ``n_embd``.
+        ValueError: when a value is below 1 or beyond any GPT-2, or ``n_head`` does not divide ``n_embd``.
 
     Example:
         >>> GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12).n_params
@@ -48,13 +57,20 @@ class GPT2Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{field.name} must be an int, got {value!r}")
+                raise TypeError(f"{field.name} must be an int, got {reprlib.repr(value)}")
             if value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+                raise ValueError(f"{field.name} must be at least 1, got {shown(value)}")
+            if value > MOST.get(field.name, value):
+                raise ValueError(f"{field.name} must be at most {MOST[field.name]}, got {shown(value)}")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}; "
+                f"n_head must divide n_embd, got n_head={shown(self.n_head)} and n_embd={self.n_embd}; "
                 f"GPT-2 uses heads of width 64"
+            )
+        if self.n_params > MOST_PARAMS:
+            raise ValueError(
+                f"n_embd={self.n_embd} with n_layer={self.n_layer} and n_vocab={self.n_vocab} makes {self.n_params} "
+                f"parameters, must be at most {MOST_PARAMS}"
             )
 
     @classmethod
@@ -66,7 +82,9 @@ class GPT2Config:
             ValueError: when a hyperparameter is missing or out of range.
         """
         if not isinstance(hparams, Mapping):
-            raise TypeError(f"hparams must be the dict in hparams.json, got {hparams!r}; from_file reads one")
+            raise TypeError(
+                f"hparams must be the dict in hparams.json, got {reprlib.repr(hparams)}; from_file reads one"
+            )
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in hparams]
         if missing:
@@ -98,6 +116,11 @@ class GPT2Config:
         return (self.n_vocab + self.n_ctx + 2) * self.n_embd + self.n_layer * per_block
 
 
+def shown(value: int) -> str:
+    """Returns an integer as messages show it: Python writes none of more than 4,300 digits."""
+    return str(value) if abs(value) < 10**20 else f"an integer of {value.bit_length()} bits"
+
+
 def read_hparams(path: str | Path) -> dict[str, Any]:
     """Reads ``hparams.json`` as a plain dict and checks that it describes a GPT-2.
 
@@ -105,7 +128,7 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
         CheckpointError: when the file is missing, is not JSON, or does not describe a GPT-2.
     """
     try:
-        hparams = json.loads(Path(path).read_text(encoding="utf-8"))
+        hparams = json.loads(read_text(Path(path), MOST_HPARAMS_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; delete it and download the checkpoint again") from error
     try:
@@ -113,6 +136,22 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a GPT-2: {error}") from error
     return hparams
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """Reads a regular file of UTF-8 that is not longer than any of its kind; each line ends with a line feed.
+
+    Raises:
+        OSError: when it cannot be read, or is a pipe or a device.
+        ValueError: when it is longer, or not UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")
+    with path.open("rb") as file:
+        body = file.read(most_bytes + 1)
+    if len(body) > most_bytes:
+        raise ValueError(f"it is longer than {most_bytes} bytes")
+    return body.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
 SIZES: Mapping[str, GPT2Config] = MappingProxyType(

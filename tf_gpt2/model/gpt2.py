@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gpt2.checkpoint.openai import iter_variables
+from tf_gpt2.checkpoint.openai import open_checkpoint
 from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
@@ -89,10 +89,11 @@ class GPT2Model(ParamTree, keras.Model):
             CheckpointError: when the folder is not a complete GPT-2 checkpoint.
         """
         config = GPT2Config.from_file(Path(folder) / "hparams.json")
+        variables = open_checkpoint(folder, config)  # before a model is built that it does not fit
         with blank_weights():
             model = cls(config, **kwargs)
         targets = dict(leaves(model.leaf_tree()))
-        for path, array in iter_variables(folder, config):
+        for path, array in variables:
             targets[path].write(array)
         return model
 

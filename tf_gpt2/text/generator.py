@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_gpt2.errors import CheckpointError
+from tf_gpt2.checkpoint.load import find_folder, read_encoder_and_config
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.generate import stream, warm_up
 from tf_gpt2.generation.options import SamplingOptions, check_names
@@ -61,18 +61,30 @@ class TextGenerator:
             CheckpointError: when a file is missing or damaged.
             ValueError: when ``dtype`` is another.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if not Path(folder).is_dir():
-            raise CheckpointError(
-                f"folder must hold the seven files of a checkpoint, and {folder} is not a folder; "
-                f"download one with 'tf-gpt2 download 124M'"
-            )
-        encoder = Encoder.from_files(folder)
-        try:
-            return cls(GPT2Model.from_checkpoint(folder, **DTYPES[dtype]), encoder)
-        except ValueError as error:
-            raise CheckpointError(f"the files in {folder} do not fit each other: {error}") from error
+        check_dtype(dtype)
+        encoder, _ = read_encoder_and_config(folder)  # first: a vocabulary is read faster than weights
+        return cls(GPT2Model.from_checkpoint(folder, **DTYPES[dtype]), encoder)
+
+    @classmethod
+    def load(cls, model: str | Path, models_dir: str | Path = "checkpoints", dtype: str = "float32") -> TextGenerator:
+        """Makes a generator from a model's name or folder; downloads OpenAI's files when they are not there.
+
+        Args:
+            model: ``"124M"``, ``"355M"``, ``"774M"``, ``"1558M"``, ``"tiny"`` (embedded), the name of a folder in
+                ``models_dir``, or the path of a folder.
+            models_dir: holds one folder per model; downloads go there.
+            dtype: as for ``from_checkpoint``.
+
+        Raises:
+            CheckpointError: when there is no such model, or a file is damaged.
+            DownloadError: when files cannot be fetched.
+            ValueError: when ``dtype`` is another.
+
+        Example:
+            >>> text = TextGenerator.load("tiny").generate("To be", max_new_tokens=5)
+        """
+        check_dtype(dtype)  # before a download
+        return cls.from_checkpoint(find_folder(model, models_dir), dtype=dtype)
 
     def generate(self, prompts: str | Iterable[str], **options: Any) -> Any:
         """Continues a text, or any number of texts; gives the new text only.
@@ -307,3 +319,23 @@ class TextGenerator:
         return measure_perplexity(
             self.model, self.encoder, text, stride=stride, jit_compile=jit_compile, on_progress=on_progress
         )
+
+
+def load(
+    model: str | Path, models_dir: str | Path = "checkpoints", dtype: str = "float32"
+) -> tuple[GPT2Model, Encoder]:
+    """Reads a model and its vocabulary; arguments and errors as for ``TextGenerator.load``.
+
+    Example:
+        >>> model, encoder = load("tiny")
+        >>> len(encoder) == model.config.n_vocab
+        True
+    """
+    generator = TextGenerator.load(model, models_dir, dtype)
+    return generator.model, generator.encoder
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError unless ``dtype`` is one of ``DTYPES``."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

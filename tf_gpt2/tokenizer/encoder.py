@@ -20,6 +20,7 @@ from typing import SupportsIndex
 
 import regex
 
+from tf_gpt2.config import read_text
 from tf_gpt2.errors import CheckpointError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -39,6 +40,12 @@ MAX_CACHE_ENTRIES = 1 << 17
 
 MAX_CACHED_LENGTH = 64
 """Characters and ids of one entry together: longer strings seldom come back, and must not fill the memory."""
+
+MAX_ID = 2**31 - 1
+"""Models take ids as int32."""
+
+MOST_BYTES = 1 << 28
+"""Of either file; OpenAI's have about 1 MB."""
 
 REMEDY = "download the checkpoint again, as with tf_gpt2.download_gpt2_files"
 COPY = "copy it from the checkpoint that the weights were trained from, or download it with tf_gpt2.download_gpt2_files"
@@ -268,12 +275,15 @@ def _merge(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
+    text = _read_text(path)
     try:
-        vocabulary = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        vocabulary = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also an integer of too many digits, or lists in lists in lists
         raise CheckpointError(f"{path} is not JSON: {error}; {REMEDY}") from error
     if not isinstance(vocabulary, dict) or any(type(token_id) is not int for token_id in vocabulary.values()):
         raise CheckpointError(f"{path} is not a vocabulary, an object whose values are integers; {REMEDY}")
+    if any(not 0 <= token_id <= MAX_ID for token_id in vocabulary.values()):
+        raise CheckpointError(f"{path} has ids outside [0, {MAX_ID}]; {REMEDY}")
     return vocabulary
 
 
@@ -290,8 +300,8 @@ def _read_merges(path: Path) -> list[Pair]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, MOST_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; {COPY}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; {REMEDY}") from error
