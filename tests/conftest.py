@@ -13,7 +13,7 @@ from tf_gpt2.runtime import compile_cache
 from tf_gpt2.runtime.memory import collect_seldom
 
 collect_seldom()  # tracing makes many objects
-os.environ[compile_cache.VARIABLE] = "off"  # tests leave the user's cache alone
+os.environ[compile_cache.ENV_VAR] = "off"  # tests leave the user's cache alone
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import tensorflow as tf
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves, param_shapes
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import CheckpointError
+from tf_gpt2.runtime import prepare_process
 
 PREFIX = "model.ckpt"
 
@@ -48,6 +49,7 @@ def iter_variables(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str
         CheckpointError: before the first variable when the checkpoint cannot be opened or its variables are not
             exactly those of a GPT-2 of this config; at a variable whose bytes are damaged.
     """
+    prepare_process()
     prefix = checkpoint_prefix(folder)
     shapes = dict(leaves(param_shapes(config)))
     try:

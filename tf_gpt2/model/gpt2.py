@@ -22,6 +22,7 @@ from tf_gpt2.model.layers import Block, LayerCache, LayerNorm
 from tf_gpt2.model.loops import value_in_loop
 from tf_gpt2.model.param_tree import Leaf, ParamTree, add_matrix, blank_weights, normal, value_of
 from tf_gpt2.model.products import product, shape_of
+from tf_gpt2.runtime import prepare_process
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
@@ -54,6 +55,7 @@ class GPT2Model(ParamTree, keras.Model):
     def __init__(self, config: GPT2Config, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
         if not isinstance(config, GPT2Config):
             raise TypeError(f"config must be a GPT2Config, got {config!r}; make one with GPT2Config.from_hparams")
+        prepare_process()  # before the first variable
         super().__init__(autocast=False, **kwargs)
         self.config = config
         self.dropout = dropout
