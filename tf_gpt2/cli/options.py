@@ -94,6 +94,9 @@ def find_model(options: argparse.Namespace) -> Path:
 
 def load_generator(folder: Path, options: argparse.Namespace) -> TextGenerator:
     """Starts TensorFlow and loads a model."""
+    from tf_gpt2.model import require_tensorflow_backend
+
+    require_tensorflow_backend()  # before TensorFlow's own import, which fails at a backend unknown to Keras
     import tensorflow as tf
 
     from tf_gpt2.runtime import prepare_process
