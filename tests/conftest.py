@@ -1,19 +1,34 @@
 """Small models with odd shapes, shared by all tests because compiling them takes seconds."""
 
 import os
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.runtime import compile_cache
+from tf_gpt2.runtime import compile_cache, prepare_process
 from tf_gpt2.runtime.memory import collect_seldom
 
 collect_seldom()  # tracing makes many objects
-os.environ[compile_cache.VARIABLE] = "off"  # tests leave the user's cache alone
+# tests leave the user's cache alone, and find what the last run compiled
+os.environ.setdefault(compile_cache.ENV_VAR, str(Path(__file__).parents[1] / "build" / "xla"))
+prepare_process()
+
+
+def pytest_report_header():
+    """What a failure may depend on."""
+    flags = [f"{name}={os.environ[name]}" for name in ("XLA_FLAGS", "TF_XLA_FLAGS") if os.environ.get(name)]
+    return [
+        f"TensorFlow {version('tensorflow')}, Keras {version('keras')}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores",
+        *flags,
+    ]
 
 
 @pytest.fixture(scope="session")

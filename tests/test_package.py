@@ -1,6 +1,8 @@
 """The package as a whole: its public names, its wheel, its size."""
 
 import importlib.metadata
+import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -30,6 +32,46 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_import_is_light():
     program = "import sys, tf_gpt2; tf_gpt2.Encoder; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+IMPORT = """
+import os, sys
+from pathlib import Path
+import keras
+before = dict(os.environ), list(sys.meta_path)
+import tf_gpt2
+assert not [name for name in sys.modules if name.startswith("tf_gpt2.")]
+import tf_gpt2.model, tf_gpt2.text.generator, tf_gpt2.generation.generate, tf_gpt2.runtime.compile_cache
+assert (dict(os.environ), sys.meta_path) == before
+print(list(Path(os.environ["XDG_CACHE_HOME"]).glob("tf_gpt2*")), end=" ")
+tf_gpt2.GPT2Model(tf_gpt2.GPT2Config(n_vocab=20, n_ctx=16, n_embd=4, n_head=1, n_layer=1))
+print("tf_gpt2" in os.environ["TF_XLA_FLAGS"])
+"""
+
+
+def test_importing_the_package_and_its_modules_does_no_work(run_python, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("TF_GPT2_COMPILE_CACHE", "TF_XLA_FLAGS", "TF_ONEDNN_USE_SYSTEM_ALLOCATOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert run_python(IMPORT) == "[] True\n"
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch", "no_such_backend"])
+@pytest.mark.parametrize("where", ["environment", "file"])
+def test_another_backend_of_keras_is_refused_in_a_sentence(backend, where, tmp_path):
+    if (backend, where) == ("no_such_backend", "file"):
+        pytest.skip("Keras's own sentence names the file's backend")
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    if where == "environment":
+        environment["KERAS_BACKEND"] = backend
+    else:
+        environment["KERAS_HOME"] = str(tmp_path)
+        (tmp_path / "keras.json").write_text(json.dumps({"backend": backend}))
+    command = [sys.executable, "-m", "tf_gpt2", "generate", "To be", "--model_size", "tiny"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert "'tensorflow'" in result.stderr
+    assert f"'{backend}'" in result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """GPT-2 in TensorFlow and Keras, from OpenAI's own files to generated text.
 
-Names are loaded when first used, so that ``import tf_gpt2`` and the tokenizer do not wait for TensorFlow.
+Names are loaded when first used, so that ``import tf_gpt2`` and the tokenizer do not wait for TensorFlow. The
+import does nothing else.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.util
-import sys
 from typing import Any
 
 _HOMES = {
@@ -51,31 +49,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
-
-
-class _RegisterAfterKeras(importlib.abc.MetaPathFinder):
-    """Imports the layers right after Keras, so that ``keras.models.load_model`` knows them; does not import Keras."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != "keras":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("keras")
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: Any) -> None:
-                execute(module)
-                importlib.import_module("tf_gpt2.model.gpt2")
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if "keras" in sys.modules:
-    importlib.import_module("tf_gpt2.model.gpt2")
-else:
-    sys.meta_path.insert(0, _RegisterAfterKeras())
 
 
 def __dir__() -> list[str]:

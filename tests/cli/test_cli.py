@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tf_gpt2 import cli
-from tf_gpt2.cli import options as terminal
+from tf_gpt2.cli.options import SAMPLING_FLAGS
 
 TINY = ["--model_size", "tiny"]
 
@@ -113,7 +113,7 @@ def test_sampling_flags_reach_generate(capfdbinary, monkeypatch):
 
     seen = {}
     monkeypatch.setattr(TextGenerator, "generate", lambda self, prompts, **options: seen.update(options) or ["text"])
-    wanted = {name: kind(0.5) + 2 for name, (kind, *_) in terminal.SAMPLING_FLAGS.items()}
+    wanted = {name: kind(0.5) + 2 for name, (kind, *_) in SAMPLING_FLAGS.items()}
     wanted |= {"num_samples": 3, "seed": 7}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in wanted.items()]
     assert cli.main(["generate", "To be", *TINY, *flags]) == 0

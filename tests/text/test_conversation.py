@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.cli.interactive import take_turn
+from tf_gpt2.cli.generate import take_turn
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.text.conversation import Conversation
 from tf_gpt2.text.generator import TextGenerator

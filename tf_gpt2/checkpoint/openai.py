@@ -22,6 +22,7 @@ from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves, pa
 from tf_gpt2.checkpoint.variables import find_weights, stored_shape, variable_name
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import CheckpointError
+from tf_gpt2.runtime import prepare_process
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def open_checkpoint(folder: str | Path, config: GPT2Config) -> Iterator[tuple[st
         CheckpointError: at once when the checkpoint is not complete or its weights are not exactly those of a GPT-2
             of this config; at a variable whose bytes are damaged.
     """
+    prepare_process()
     prefix, ignored = find_weights(folder, config)
     if ignored:
         names = ", ".join(name[:200] for name in ignored)

@@ -6,16 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from tf_gpt2.cli.options import (
-    add_model_options,
-    add_speed_options,
-    find_model,
-    load_generator,
-    open_stderr,
-    positive,
-    quiet_tensorflow,
-    write,
-)
+from tf_gpt2.cli.options import Commands, add_model_options, add_speed_options, find_model, load_generator, positive
+from tf_gpt2.cli.streams import open_terminal, quiet_tensorflow, write_names
 
 HOW_TO_CALL = """\
 serve it   docker run --rm -p 127.0.0.1:8501:8501 -v {mount} -e MODEL_NAME=gpt2 \\
@@ -24,7 +16,7 @@ call it    curl -d '{{"instances": ["To be"]}}' http://localhost:8501/v1/models/
 """
 
 
-def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_export(commands: Commands) -> argparse.ArgumentParser:
     """Adds ``export``."""
     command = commands.add_parser(
         "export",
@@ -53,13 +45,10 @@ def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run_export(options: argparse.Namespace) -> None:
     """Writes the folder, says on standard error what it does, and prints what it made."""
     model_folder = find_model(options)
-    with open_stderr() as stderr, quiet_tensorflow(show_on_error=options.debug):
+    with open_terminal() as terminal, quiet_tensorflow(show_on_error=options.debug):
         from tf_gpt2.serving.export import export_saved_model, size_bytes
 
-        def tell(line: str) -> None:
-            print(line, file=stderr, flush=True)
-
-        tell("loading the model")
+        terminal.tell("loading the model")
         made = export_saved_model(
             load_generator(model_folder, options),
             options.folder,
@@ -68,7 +57,7 @@ def run_export(options: argparse.Namespace) -> None:
             xla=options.xla,
             warm_up=options.warm_up,
             overwrite=options.overwrite,
-            on_step=tell,
+            on_step=terminal.tell,
         )
-        write(f"made       {made} ({size_bytes(made) / 1e6:.0f} MB, {options.dtype})\n")
-        write(HOW_TO_CALL.format(mount=shlex.quote(f"{Path(options.folder).resolve()}:/models/gpt2:ro")))
+        write_names(f"made       {made} ({size_bytes(made) / 1e6:.0f} MB, {options.dtype})\n")
+        write_names(HOW_TO_CALL.format(mount=shlex.quote(f"{Path(options.folder).resolve()}:/models/gpt2:ro")))

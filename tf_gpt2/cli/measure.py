@@ -10,31 +10,21 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from tf_gpt2.cli.options import (
-    add_model_options,
-    add_speed_options,
-    find_model,
-    load_generator,
-    open_stderr,
-    positive,
-    quiet_tensorflow,
-    read_argument,
-    write,
-)
+from tf_gpt2.cli.options import Commands, add_model_options, add_speed_options, find_model, load_generator, positive
+from tf_gpt2.cli.streams import Terminal, open_terminal, quiet_tensorflow, read_argument, read_utf8, write
 
 if TYPE_CHECKING:
     from tf_gpt2.generation.scoring import Progress
     from tf_gpt2.text.perplexity import Perplexity
 
 
-def add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_perplexity(commands: Commands) -> argparse.ArgumentParser:
     """Adds ``perplexity``."""
     command = commands.add_parser(
         "perplexity",
@@ -56,7 +46,7 @@ def add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     return command
 
 
-def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_explain(commands: Commands) -> argparse.ArgumentParser:
     """Adds ``explain``."""
     command = commands.add_parser(
         "explain",
@@ -76,7 +66,11 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run_perplexity(options: argparse.Namespace) -> None:
     """Prints the figures and how they were measured; shows a bar meanwhile."""
     text, folder = read_utf8(options.file), find_model(options)
-    with progress_bar() as on_progress, quiet_tensorflow(show_on_error=options.debug):
+    with (
+        open_terminal() as terminal,
+        quiet_tensorflow(show_on_error=options.debug),
+        progress_bar(terminal) as on_progress,  # the last, because tqdm starts a thread
+    ):
         result = load_generator(folder, options).perplexity(
             text, stride=getattr(options, "stride", None), on_progress=on_progress
         )
@@ -94,25 +88,10 @@ def run_explain(options: argparse.Namespace) -> None:
         write_explanation(explain(load_generator(folder, options), text), options.out)
 
 
-def read_utf8(name: str) -> str:
-    """Reads a file, or standard input for ``-``; refuses what is not UTF-8 rather than measure replacements."""
-    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"FILE must be text in UTF-8, and {name} has the byte 0x{content[error.start]:02x} at {error.start}, which "
-            f"is none; convert it, as with iconv -t UTF-8"
-        ) from None
-
-
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Shows a bar on standard error, also while that is kept from TensorFlow."""
-    with (
-        open_stderr() as terminal,
-        tqdm(desc="Scoring", unit=" tokens", file=terminal, leave=False) as bar,
-    ):
+def progress_bar(terminal: Terminal) -> Iterator[Progress]:
+    """Shows a bar on standard error."""
+    with tqdm(desc="Scoring", unit=" tokens", file=terminal.file, leave=False) as bar:
 
         def show(n_done: int, n_total: int) -> None:
             bar.total = n_total

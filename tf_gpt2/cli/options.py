@@ -1,4 +1,4 @@
-"""What the commands share: options, reading, writing, a quiet TensorFlow.
+"""The options that commands share, and what they ask for.
 
 Imports no TensorFlow, so that ``--help`` answers at once.
 """
@@ -6,30 +6,45 @@ Imports no TensorFlow, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from tf_gpt2.cli.streams import printable, write
 from tf_gpt2.config import SIZES
 
 if TYPE_CHECKING:
     from tf_gpt2.text.generator import TextGenerator
-
 
 SAMPLING_FLAGS = {
     "min_p": (float, 0.0, "P", "draw from what is P times as likely as the likeliest; 0 for all"),
     "typical_p": (float, 1.0, "P", "draw from the most typical of mass P"),
     "repetition_penalty": (float, 1.0, "X", "above 1: less of what was said, prompt included"),
     "presence_penalty": (float, 0.0, "X", "above 0: less of what the new text has"),
-    "frequency_penalty": (float, 0.0, "X", "above 0: the less, the oftener the new text has it"),
+    "frequency_penalty": (float, 0.0, "X", "above 0: tokens get less likely the more often they occur in the new text"),
     "no_repeat_ngram_size": (int, 0, "N", "say no N tokens in a row twice; 0 allows all"),
     "min_new_tokens": (int, 0, "N", "fewest new tokens"),
 }
 """Type, default, name of the value and help of options that go to ``generate`` as they are."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are safe to show, and whose help is output like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with 2; the message may quote arguments of any content and length."""
+        super().error(printable(" ".join(message.split())))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Prints help; ``argparse`` itself ignores that standard output does not take it."""
+        if file is sys.stdout:
+            write(message)
+        else:
+            super()._print_message(message, file)
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+"""What commands are added to; ``argparse`` has no public name for it."""
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -57,7 +72,7 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
 
 
 def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Gives what ``add_generation_options`` has read, apart from the seed, as ``TextGenerator.generate`` takes it."""
+    """Returns what ``add_generation_options`` has read, apart from the seed, as ``TextGenerator.generate`` takes it."""
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", *SAMPLING_FLAGS)}
     stops = [text.replace(r"\n", "\n") for text in options.stop]
     return {**settings, "max_new_tokens": options.n_tokens_to_generate, "stop": stops}
@@ -71,7 +86,7 @@ def add_speed_options(command: argparse.ArgumentParser) -> None:
 
 
 def find_model(options: argparse.Namespace) -> Path:
-    """Gives the folder of the model that the options name; downloads it when it is not there."""
+    """Returns the folder of the model that the options name; downloads it when it is not there."""
     from tf_gpt2.checkpoint.download import resolve_checkpoint
 
     return resolve_checkpoint(options.model_size, options.models_dir)
@@ -79,10 +94,15 @@ def find_model(options: argparse.Namespace) -> Path:
 
 def load_generator(folder: Path, options: argparse.Namespace) -> TextGenerator:
     """Starts TensorFlow and loads a model."""
+    from tf_gpt2.model import require_tensorflow_backend
+
+    require_tensorflow_backend()  # before TensorFlow's own import, which fails at a backend unknown to Keras
     import tensorflow as tf
 
+    from tf_gpt2.runtime import prepare_process
     from tf_gpt2.text.generator import TextGenerator
 
+    prepare_process()
     if options.threads is not None:
         tf.config.threading.set_intra_op_parallelism_threads(options.threads)
     return TextGenerator.from_checkpoint(folder, dtype=options.dtype)
@@ -107,44 +127,3 @@ def bounded_int(text: str, least: int) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
     return value
-
-
-def read_argument(text: str) -> str:
-    """Gives the argument, or standard input in its place: UTF-8 whatever the locale says."""
-    return sys.stdin.buffer.read().decode("utf-8", "replace") if text == "-" else text
-
-
-def write(text: str) -> None:
-    """Writes to stdout as UTF-8 whatever the locale says: a completion may hold any character."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-    sys.stdout.buffer.flush()
-
-
-def open_stderr() -> TextIO:
-    """Opens standard error for what people shall see also while it is kept from TensorFlow."""
-    return os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
-
-
-@contextlib.contextmanager
-def quiet_tensorflow(*, show_on_error: bool) -> Iterator[None]:
-    """Keeps TensorFlow's start-up notes from the terminal; may show them when something fails.
-
-    They are written by C++ straight to file descriptor 2, and not all heed ``TF_CPP_MIN_LOG_LEVEL``.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as notes:
-        os.dup2(notes.fileno(), 2)
-        try:
-            yield
-        except Exception:
-            if show_on_error:
-                notes.seek(0)
-                os.write(terminal, notes.read())
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)

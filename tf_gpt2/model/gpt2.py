@@ -21,6 +21,7 @@ from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.arithmetic.shapes import shape_of
 from tf_gpt2.model.layers import Block, LayerNorm
 from tf_gpt2.model.param_tree import Leaf, MatrixLeaf, ParamTree, add_matrix, blank_weights, freeze, normal
+from tf_gpt2.runtime import prepare_process
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
@@ -53,6 +54,7 @@ class GPT2Model(ParamTree, keras.Model):
     def __init__(self, config: GPT2Config, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
         if not isinstance(config, GPT2Config):
             raise TypeError(f"config must be a GPT2Config, got {config!r}; make one with GPT2Config.from_hparams")
+        prepare_process()  # before the first variable
         super().__init__(autocast=False, **kwargs)
         self.config = config
         self.dropout = dropout

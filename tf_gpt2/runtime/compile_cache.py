@@ -1,77 +1,235 @@
 """Keeps what XLA compiled on disk, so that the next process need not compile it again.
 
 The folder is ``~/.cache/tf_gpt2/xla`` (or under ``XDG_CACHE_HOME``); ``TF_GPT2_COMPILE_CACHE`` names another, or is
-``off``. Compiled code fits one TensorFlow and one processor: each has a folder of its own in there. TensorFlow writes
-an entry under a temporary name and renames it, so processes may share the folder. Knows nothing of what is compiled.
+``off``. Compiled code fits one TensorFlow and one processor: each has a folder of its own in there.
+
+The entries are machine code, which TensorFlow writes and reads by itself and does not check. So the folder must belong
+to the user alone, and a file beside the entries lists their checksums: a process adds those of new entries when it
+ends, and one that starts removes every entry that differs. Knows nothing of what is compiled.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
-import itertools
 import os
 import platform
+import re
+import shutil
+import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import tensorflow as tf
+try:
+    import fcntl
+except ImportError:  # Windows, which has no owners and modes of this kind either
+    fcntl = None  # type: ignore[assignment]
 
-VARIABLE = "TF_GPT2_COMPILE_CACHE"
+ENV_VAR = "TF_GPT2_COMPILE_CACHE"
 FLAG = "--tf_xla_persistent_cache_directory"
+MANIFEST = "checksums"
+"""Lines of SHA-256, size in bytes and name of an entry."""
 UNUSED_DAYS = 30
 """After which an entry is removed."""
-BYTES = 2
-"""A protocol buffer's mark for a field that begins with its length. Source: protobuf.dev, "Encoding"."""
-MOST_LENGTH_BYTES = 5
+
+
+class Checksum(NamedTuple):
+    """What an entry's content must be."""
+
+    sha256: str
+    n_bytes: int
+
+
+REMOVED = Checksum("0" * 64, 0)
+"""Stands in the manifest for an entry that was removed; TensorFlow may write it anew."""
 
 
 def enable() -> None:
     """Switches the cache on, unless the user has chosen a folder of TensorFlow's own or none.
 
-    TensorFlow reads its flags when it runs its first operation: what comes later has no effect.
+    Does nothing where the folder cannot be used: without the cache a program is slower, and not wrong.
     """
     flags = os.environ.get("TF_XLA_FLAGS", "")
-    choice = os.environ.get(VARIABLE, "")
-    if choice.lower() == "off" or FLAG in flags:
+    names_a_file = bool(flags.strip()) and not flags.lstrip().startswith("--")  # TensorFlow reads its flags there
+    if fcntl is None or names_a_file or os.environ.get(ENV_VAR, "").lower() == "off":
         return
-    parent = Path(choice) if choice else default_folder()
-    folder = parent / f"tensorflow-{tf.__version__}-{processor_hash()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for entry in parent.glob("tensorflow-*/*.pb"):
-            if is_unused(entry) or not is_whole(entry):
-                entry.unlink(missing_ok=True)
-    except OSError:
-        return  # a home that cannot be written to only costs time
-    os.environ["TF_XLA_FLAGS"] = f'{flags} {FLAG}="{folder}"'.strip()
+        folder = chosen_folder()
+        flag = f"{FLAG}={quote(folder)}"
+        if flag not in flags:  # else a parent process has set it
+            if FLAG in flags:
+                return
+            flags = f"{flags} {flag}".strip()
+        make_private(folder)
+        manifest = verify(folder)
+        remove_unused(folder.parent)
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return
+    os.environ["TF_XLA_FLAGS"] = flags
+    atexit.register(record, folder, manifest)
 
 
-def is_unused(entry: Path) -> bool:
-    """Says whether nobody has read an entry for long, such as those of another version of TensorFlow."""
-    times = entry.stat()
-    return time.time() - max(times.st_atime, times.st_mtime) > UNUSED_DAYS * 24 * 3600
+def chosen_folder() -> Path:
+    """Returns the folder for this TensorFlow and this processor.
 
-
-def is_whole(entry: Path) -> bool:
-    """Says whether a file ends where its fields do: a power failure can cut it off, and TensorFlow would fail at it.
-
-    An entry is a protocol buffer with fields of bytes alone: for each a tag, a length, and as many bytes.
+    Raises:
+        RuntimeError: when the user has no home.
     """
-    size = entry.stat().st_size
-    with entry.open("rb", buffering=0) as file:
-        while file.tell() < size:
-            tag, *rest = file.read(1 + MOST_LENGTH_BYTES)
-            n_length_bytes = 1 + sum(1 for _ in itertools.takewhile(lambda byte: byte >= 0x80, rest))
-            if tag & 7 != BYTES or n_length_bytes > len(rest):
-                return False
-            length = sum((byte & 0x7F) << (7 * i) for i, byte in enumerate(rest[:n_length_bytes]))
-            file.seek(length + n_length_bytes - len(rest), os.SEEK_CUR)
-        return 0 < size == file.tell()
+    import tensorflow as tf
+
+    choice = os.environ.get(ENV_VAR, "")
+    parent = Path(choice).expanduser().absolute() if choice else default_folder()
+    return parent / f"tensorflow-{tf.__version__}-{processor_hash()}"
 
 
 def default_folder() -> Path:
-    """Gives the folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tf_gpt2" / "xla"
+    """Returns the folder in the user's cache.
+
+    Raises:
+        RuntimeError: when the user has no home.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+    if not cache.is_absolute():  # a relative one is invalid. Source: XDG Base Directory Specification
+        home = Path.home()
+        if os.environ.get("HOME") == "" or not home.is_absolute():
+            raise RuntimeError(f"HOME must be an absolute path, got {home}")
+        cache = home / ".cache"
+    return cache / "tf_gpt2" / "xla"
+
+
+def quote(folder: Path) -> str:
+    """Quotes a path as TensorFlow reads it in a flag. Source: tensorflow, ``parse_flags_from_env.cc``."""
+    escaped = str(folder).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder that only the user may enter.
+
+    Raises:
+        OSError: when it cannot be made, or is there and others own it or may write to it.
+    """
+    for part in (*reversed(folder.parents), folder):
+        part.mkdir(mode=0o700, exist_ok=True)
+    if not is_own_folder(folder):
+        raise PermissionError(f"{folder} must belong to the user alone")
+    folder.chmod(0o700)
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether the user owns it and nobody else may write to it; a link is not a folder."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def verify(folder: Path) -> int:
+    """Removes entries that are not what the manifest says.
+
+    The manifest stays open and locked for as long as the process lives. An entry that it does not list was left by a
+    process that was killed, or belongs to one that still runs: it is removed only when no other process has the lock.
+
+    Returns:
+        The manifest's file descriptor.
+
+    Raises:
+        OSError: when the folder cannot be read or written to.
+    """
+    path = folder / MANIFEST
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        remove(path)
+    manifest = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_alone = True
+    except BlockingIOError:
+        fcntl.flock(manifest, fcntl.LOCK_SH)
+        is_alone = False
+    known = read_manifest(manifest)
+    for entry in entries(folder):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if not is_sound(entry, known.get(entry.name), keep_unknown=not is_alone):
+                remove(entry)
+                append(manifest, {entry.name: REMOVED})
+    if is_alone:
+        os.ftruncate(manifest, 0)
+        append(manifest, {entry.name: known[entry.name] for entry in entries(folder) if entry.name in known})
+        fcntl.flock(manifest, fcntl.LOCK_SH)
+    return manifest
+
+
+def is_sound(entry: Path, expected: Checksum | None, *, keep_unknown: bool) -> bool:
+    """Whether an entry may stay: it is a file with its checksum, or has none and may do without."""
+    found = entry.lstat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would keep TensorFlow waiting for ever
+        return False
+    if expected is None:
+        return keep_unknown
+    try:
+        return found.st_size == expected.n_bytes and checksum_of(entry) == expected
+    except OSError:  # the disk cannot read it
+        return False
+
+
+def record(folder: Path, manifest: int) -> None:
+    """Adds the checksums of new entries to the manifest; does nothing where that fails."""
+    with contextlib.suppress(OSError):
+        known = read_manifest(manifest)
+        new = {}
+        for entry in entries(folder):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name not in known and stat.S_ISREG(entry.lstat().st_mode):
+                    new[entry.name] = checksum_of(entry)
+        append(manifest, new)
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """Yields the entries; what TensorFlow is still writing has another suffix."""
+    return folder.glob("*.pb")
+
+
+def checksum_of(entry: Path) -> Checksum:
+    """Computes a file's checksum, without counting as one who has used it."""
+    no_trace = getattr(os, "O_NOATIME", 0)
+    with os.fdopen(os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | no_trace), "rb") as file:
+        content = file.read()
+    return Checksum(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def read_manifest(manifest: int) -> dict[str, Checksum]:
+    """Reads the checksum of each entry; lines that a power failure has cut off are no lines."""
+    text = os.pread(manifest, os.fstat(manifest).st_size, 0).decode("ascii", "replace")
+    lines = re.findall(r"^([0-9a-f]{64}) ([0-9]{1,18}) (\S+)$", text, re.M)
+    last = {name: Checksum(sha256, int(n_bytes)) for sha256, n_bytes, name in lines}
+    return {name: checksum for name, checksum in last.items() if checksum != REMOVED}
+
+
+def append(manifest: int, checksums: dict[str, Checksum]) -> None:
+    """Adds lines to the manifest in one piece, so that processes that end together do not mix theirs."""
+    lines = [f"{sha256} {n_bytes} {name}\n" for name, (sha256, n_bytes) in checksums.items()]
+    if lines:
+        os.write(manifest, "".join(["\n", *lines]).encode("ascii", "replace"))
+
+
+def remove(path: Path) -> None:
+    """Removes a file, link, pipe or folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_unused(parent: Path) -> None:
+    """Removes entries that no process has read for long, e.g. those of an older TensorFlow."""
+    oldest = time.time() - UNUSED_DAYS * 24 * 3600
+    for folder in filter(is_own_folder, parent.glob("tensorflow-*")):
+        for entry in folder.glob("*.pb*"):
+            with contextlib.suppress(FileNotFoundError):
+                times = entry.lstat()
+                if max(times.st_atime, times.st_mtime) < oldest:
+                    remove(entry)
 
 
 def processor_hash() -> str:

@@ -1,4 +1,4 @@
-"""The command ``interactive``: a conversation in the terminal.
+"""The commands that continue a text: ``generate``, and ``interactive``, a conversation in the terminal.
 
 Imports TensorFlow where it is needed, as ``cli`` does. Only the model's text goes to stdout.
 """
@@ -8,27 +8,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from tf_gpt2.cli.options import (
+    Commands,
     add_generation_options,
     add_model_options,
     add_speed_options,
     find_model,
     generation_settings,
     load_generator,
-    open_stderr,
-    quiet_tensorflow,
-    write,
+    positive,
 )
+from tf_gpt2.cli.streams import open_terminal, quiet_tensorflow, read_argument, read_lines, write
 from tf_gpt2.errors import ContextLengthError
 
 if TYPE_CHECKING:
     from tf_gpt2.text.conversation import Conversation
 
 Notify = Callable[[str], None]
-"""Says something to the user that is no text of the model's."""
+"""Tells the user something that is no text of the model's."""
 
 HELP = r"""Each line is added to the text, which the model then continues; an empty line only continues it.
 \n stands for a new line; begin with // for a text that begins with /.
@@ -38,7 +38,31 @@ HELP = r"""Each line is added to the text, which the model then continues; an em
 Ctrl-C stops a continuation, and at the prompt ends the program, as Ctrl-D does."""
 
 
-def add_interactive(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_generate(commands: Commands) -> argparse.ArgumentParser:
+    """Adds ``generate``."""
+    command = commands.add_parser("generate", help="continue a text", description="Continues PROMPT.")
+    command.set_defaults(run=run_generate)
+    command.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from standard input")
+    add_model_options(command)
+    add_generation_options(command)
+    command.add_argument(
+        "--num_samples", type=positive, default=1, metavar="N", help="texts to print, with seeds S, S+1, …"
+    )
+    command.add_argument(
+        "--overflow",
+        choices=("error", "truncate", "slide"),
+        default="error",
+        help="when the window is full: refuse or end; drop the prompt's beginning; forget the older half and go on",
+    )
+    command.add_argument("--stream", action="store_true", help="print the text as it comes")
+    command.add_argument(
+        "--prompt_lookup", action="store_true", help="guess from the text so far: faster where it repeats itself"
+    )
+    add_speed_options(command)
+    return command
+
+
+def add_interactive(commands: Commands) -> argparse.ArgumentParser:
     """Adds ``interactive``."""
     command = commands.add_parser(
         "interactive",
@@ -52,39 +76,43 @@ def add_interactive(commands: argparse._SubParsersAction[argparse.ArgumentParser
     return command
 
 
+def run_generate(options: argparse.Namespace) -> None:
+    """Prints completions, with a line ``=== sample 1 ===`` before each if there are several."""
+    prompt, folder = read_argument(options.prompt), find_model(options)
+    settings = {
+        **generation_settings(options),
+        "prompt_lookup": options.prompt_lookup,
+        "overflow": options.overflow,
+    }
+    with quiet_tensorflow(show_on_error=options.debug):
+        generator = load_generator(folder, options)
+        samples: list[Iterable[str]]
+        if options.stream:
+            seeds = range(options.seed, options.seed + options.num_samples)
+            samples = [generator.stream(prompt, seed=seed, **settings) for seed in seeds]
+        else:
+            texts = generator.generate(prompt, num_samples=options.num_samples, seed=options.seed, **settings)
+            samples = [[text] for text in texts]
+        for i, pieces in enumerate(samples):
+            if len(samples) > 1:
+                write(f"=== sample {i + 1} ===\n")
+            for piece in pieces:
+                write(piece)
+            write("\n")
+
+
 def run_interactive(options: argparse.Namespace) -> None:
     """Takes turns until the input ends."""
     folder, settings = find_model(options), generation_settings(options)
-    with (
-        open_stderr() as stderr,
-        quiet_tensorflow(show_on_error=options.debug),
-    ):
-
-        def notify(text: str) -> None:
-            print(text, file=stderr, flush=True)
-
+    with open_terminal() as terminal, quiet_tensorflow(show_on_error=options.debug):
         generator = load_generator(folder, options)
         from tf_gpt2.text.conversation import Conversation
 
         conversation = Conversation(generator)
         if sys.stdin.isatty():
-            notify("/help explains. The first continuation takes some seconds more than the others.")
-        while (line := read_line()) is not None:
-            answer(conversation, line, notify, seed=options.seed, **settings)
-
-
-def read_line() -> str | None:
-    """Gives the next line without its end, or ``None`` when there is none; asks for it in a terminal."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        with contextlib.suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401  # gives ``input`` a memory and its arrow keys
-        try:
-            return input("> ")
-        except EOFError:
-            write("\n")
-            return None
-    line = sys.stdin.buffer.readline().decode("utf-8", "replace")
-    return line.rstrip("\r\n") if line else None
+            terminal.tell("/help explains. The first continuation takes some seconds more than the others.")
+        for line in read_lines():
+            answer(conversation, line, terminal.tell, seed=options.seed, **settings)
 
 
 def answer(conversation: Conversation, line: str, notify: Notify, **settings: Any) -> None:
