@@ -41,8 +41,8 @@ from tf_gpt2.serving.prompts import (
 from tf_gpt2.serving.text import certain_text
 from tf_gpt2.text.generator import TextGenerator
 
-MOST_LOGITS = 2**28
-"""Numbers that ``logits`` gives at once: a message of gRPC holds 2 GB."""
+MOST_LOGITS = 2**26
+"""Numbers that ``logits`` returns at once, more than a window of OpenAI's: tensors take 0.8 GB, as JSON 1.5 GB more."""
 MOST_IDS = 2**22
 """Rows times ids of the longest row that ``encode`` returns, and ``decode`` takes; an empty row counts as one id."""
 

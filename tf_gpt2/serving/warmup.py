@@ -56,8 +56,8 @@ Request = tuple[str, Mapping[str, np.ndarray]]
 def plain_requests() -> list[Request]:
     """Returns small requests for each signature that is not compiled.
 
-    Each has one row, which a server with any size of batches takes. ``serving_default`` has one request, a short one: how
-    much it generates was fixed at export.
+    Each has one row, which a server with any size of batches takes. ``serving_default`` has one request, a short one:
+    how much it generates was fixed at export.
     """
     requests: list[Request] = [("serving_default", texts_of(TEXTS[0])), ("decode", IDS), ("logits", IDS)]
     for text in TEXTS:
