@@ -1,8 +1,11 @@
 """examples/serving/client.py, over real sockets, against the signatures of the export."""
 
+import contextlib
 import functools
 import itertools
+import json
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -354,3 +357,366 @@ assert client.main(["--rest", sys.argv[2], "To be", "--max_new_tokens", "5", "--
         run_python(program, Path(kit_client.__file__).parent, rest.address)
         == in_python("To be", max_new_tokens=5) + "\n"
     )
+
+
+# ---- servers that lie
+
+GOOD = {
+    "text": [" a"],
+    "ids": [[7]],
+    "logprobs": [[-1.5]],
+    "finish_reason": ["length"],
+    "prompt_length": [2],
+    "completion_length": [1],
+}
+
+
+def http(body, status="200 OK", headers=()):
+    """Writes an answer by hand."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def outputs(**changed):
+    """An answer of ``generate`` with some outputs changed; None takes one away."""
+    return http({"outputs": {name: value for name, value in (GOOD | changed).items() if value is not None}})
+
+
+LIES = {
+    "no JSON": http(b"<html>Welcome to the hotel</html>"),
+    "nothing": http(b""),
+    "half of JSON": http(b'{"outputs": {"text": ["a"'),
+    "no UTF-8": http(b'{"outputs": "\xff\xfe\x00"}'),
+    "too deep": http(b"[" * 100_000),
+    "too many digits": http(b'{"outputs": {"completion_length": [' + b"9" * 5000 + b"]}}"),
+    "a list": http([1, 2]),
+    "null": http(None),
+    "a number": http(7),
+    "text alone": http("outputs"),
+    "no outputs": http({"predictions": ["a"]}),
+    "an error with 200": http({"error": "no"}),
+    "outputs null": http({"outputs": None}),
+    "outputs a number": http({"outputs": 7}),
+    "outputs text": http({"outputs": "a"}),
+    "outputs no names": http({"outputs": []}),
+    "output no list": outputs(text="a"),
+    "output missing": outputs(logprobs=None),
+    "no rows": outputs(**{name: [] for name in GOOD}),
+    "more rows": outputs(**{name: 2 * values for name, values in GOOD.items()}),
+    "texts of other rows": outputs(text=["a", "b"]),
+    "text a number": outputs(text=[7]),
+    "text null": outputs(text=[None]),
+    "text half a character": http(json.dumps({"outputs": GOOD}).replace('" a"', '"\\ud83d"').encode()),
+    "reason null": outputs(finish_reason=[None]),
+    "reason a number": outputs(finish_reason=[0]),
+    "reason unheard of": outputs(finish_reason=["because"]),
+    "no reason": outputs(finish_reason=[""]),
+    "ids flat": outputs(ids=[7]),
+    "ids text": outputs(ids=[["7"]]),
+    "ids fractions": outputs(ids=[[7.5]]),
+    "ids below 0": outputs(ids=[[-7]]),
+    "ids too large": outputs(ids=[[2**31]]),
+    "ids truths": outputs(ids=[[True]]),
+    "logprobs text": outputs(logprobs=[["-1"]]),
+    "logprobs null": outputs(logprobs=[[None]]),
+    "length text": outputs(completion_length=["1"]),
+    "length below 0": outputs(completion_length=[-1]),
+    "length beyond the ids": outputs(completion_length=[5]),
+    "length beyond the logprobs": outputs(ids=[[7, 8]], completion_length=[2]),
+    "length infinite": http(json.dumps({"outputs": GOOD | {"completion_length": [1e999]}}).encode()),
+    "no content": http(b"", "204 No Content"),
+    "part of it": http({"outputs": GOOD}, "206 Partial Content"),
+    "an error that is no text": http({"error": {"code": 7}}, "400 Bad Request"),
+    "an error that is null": http({"error": None}, "400 Bad Request"),
+    "an error in a list": http(["error"], "500 Internal Server Error"),
+    "an error too deep": http(b"[" * 60_000, "500 Internal Server Error"),
+    "an error of bytes": http(b"\xff\x00\x1b]0;title\x07", "500 Internal Server Error"),
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "no status": b"HTTP/1.1 abc\r\n\r\n",
+    "a long header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200 + b"\r\n",
+    "a length of letters": b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n{}",
+    "a length of 5,000 digits": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n{}",
+    "broken chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
+    "packed": http(b"\x1f\x8b\x08\x00", headers=["Content-Encoding: gzip"]),
+    "hung up": b"",
+    "hung up in a header": b"HTTP/1.1 200 OK\r\nContent-",
+    "hung up in the body": b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{",
+    "hung up in a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n999\r\n{",
+}
+"""What a port sends in place of an answer, byte for byte."""
+
+BROKEN_OFF = {"hung up", "hung up in the body", "hung up in a chunk", "broken chunks"}
+"""Lies that may be a server that ended, so it is asked again."""
+
+
+@contextlib.contextmanager
+def raw_port(answer):
+    """Opens a port that answers each request with bytes, or by a function of its connection; gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                threading.Thread(target=reply, args=(connection,), daemon=True).start()
+
+    def reply(connection):
+        with connection, contextlib.suppress(OSError):
+            head, _, body = connection.recv(2**16).partition(b"\r\n\r\n")
+            n_bytes = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            while len(body) < n_bytes:
+                body += connection.recv(2**16)
+            connection.sendall(answer) if isinstance(answer, bytes) else answer(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def rest_client(kit_client, address, **options):
+    return kit_client.Client(kit_client.Rest(address, **options), attempts=1)
+
+
+def test_an_answer_made_by_hand_is_one(kit_client):
+    """What the lies below change."""
+    with raw_port(outputs()) as address:
+        assert rest_client(kit_client, address).generate(["x"]) == [kit_client.Completion(" a", [7], [-1.5], "length")]
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_an_error_of_the_clients_own(lie, kit_client, capsys):
+    with raw_port(LIES[lie]) as address:
+        with pytest.raises(kit_client.ServingError) as caught:
+            rest_client(kit_client, address, timeout_s=5).generate(["x"])
+        stream = rest_client(kit_client, address, timeout_s=5).stream("x")
+        with pytest.raises(kit_client.ServingError):
+            list(stream)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+    assert (caught.value.code == "UNAVAILABLE") == (lie in BROKEN_OFF)
+
+
+def test_the_command_tells_a_lie_in_one_line(kit_client, capsys):
+    with raw_port(http(b"<html>\x1b[2J\nWelcome" + b"x" * 10**6, "500 Internal Server Error")) as address:
+        assert kit_client.main(["--rest", address, "x"]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("client.py: HTTP 500: <html> [2J Welcome")
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+    assert len(err) < 1000
+
+
+def drip(first, each):
+    """Sends something, and then a little every now and then, for ever."""
+
+    def send(connection):
+        connection.sendall(first)
+        while True:
+            connection.sendall(each)
+            time.sleep(0.05)
+
+    return send
+
+
+DRIPS = {
+    "the status": drip(b"", b"H"),
+    "headers": drip(b"HTTP/1.1 200 OK\r\n", b"X"),
+    "a body": drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b" "),
+    "a body without end": drip(b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+    "chunks": drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "an error": drip(b"HTTP/1.1 500 No\r\nContent-Length: 1000\r\n\r\n", b" "),
+    "continue": drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("what", DRIPS)
+def test_a_server_that_drips_is_held_to_the_time_out_as_a_total(what, kit_client):
+    n_threads = threading.active_count()
+    with raw_port(DRIPS[what]) as address:
+        start = time.perf_counter()
+        with pytest.raises(kit_client.ServingError, match=r"DEADLINE_EXCEEDED: no answer within timeout_s=0.5"):
+            rest_client(kit_client, address, timeout_s=0.5).generate(["x"])
+        assert time.perf_counter() - start < 3
+    start = time.perf_counter()
+    while threading.active_count() > n_threads and time.perf_counter() - start < 10:
+        time.sleep(0.05)
+    assert threading.active_count() <= n_threads  # nothing goes on waiting
+
+
+@pytest.mark.parametrize("headers", ["Content-Length: 600000000", "Transfer-Encoding: chunked", "X: x"])
+def test_a_large_answer_is_not_read_whole(headers, kit_client):
+    sent = []
+
+    def send(connection):
+        connection.sendall(f"HTTP/1.1 200 OK\r\n{headers}\r\n\r\n".encode())
+        part = b" " * 2**16
+        while True:
+            connection.sendall(b"10000\r\n" + part + b"\r\n" if "chunked" in headers else part)
+            sent.append(len(part))
+
+    with raw_port(send) as address:
+        with pytest.raises(kit_client.ServingError, match=r"INTERNAL: the answer has more than most_bytes=1000000: "):
+            rest_client(kit_client, address, most_bytes=10**6).generate(["x"])
+        time.sleep(0.1)
+    assert sum(sent) < 2 * 10**7  # some of it fills what lies between
+    assert kit_client.MOST_ANSWER_BYTES <= 2**28
+
+
+def test_an_answer_of_the_largest_size_is_read(kit_client):
+    answer = outputs()
+    n_bytes = len(answer.partition(b"\r\n\r\n")[2])
+    with raw_port(answer) as address:
+        assert rest_client(kit_client, address, most_bytes=n_bytes).generate(["x"])
+        with pytest.raises(kit_client.ServingError, match=f"more than most_bytes={n_bytes - 1}"):
+            rest_client(kit_client, address, most_bytes=n_bytes - 1).generate(["x"])
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
+def test_redirects_are_not_followed(status, kit_client):
+    visits = []
+    with raw_port(lambda connection: visits.append(1)) as elsewhere:
+        for location in (f"Location: {elsewhere}/v1", "Location: file:///etc/passwd", "Location: //[", "X: x"):
+            refused = pytest.raises(kit_client.ServingError, match=f"HTTP {status[:3]}: the server redirects to")
+            with raw_port(http(b"", status, [location])) as address, refused:
+                rest_client(kit_client, address).generate(["x"])
+    assert not visits
+
+
+@pytest.mark.parametrize(
+    ("model", "label"), [("a/b", None), ("gpt2?x=1#y", "é/ü"), ("../../secret", " "), ("a:b", "%2e")]
+)
+def test_names_are_quoted_into_the_url(model, label, kit_client):
+    lines = []
+
+    def send(connection):
+        connection.sendall(outputs())
+
+    with raw_port(send) as address:
+        rest = kit_client.Rest(address, model, label=label)
+        exchange = kit_client.http.client.HTTPConnection.request
+
+        def request(connection, method, path, *arguments):
+            lines.append(path)
+            return exchange(connection, method, path, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kit_client.http.client.HTTPConnection, "request", request)
+            assert kit_client.Client(rest).generate(["x"])
+    ((_, v1, models, *names),) = [line.removesuffix(":predict").split("/") for line in lines]
+    assert (v1, models) == ("v1", "models")
+    assert [kit_client.unquote(name) for name in names] == [model, *(["labels", label] if label else [])]
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_names_that_are_directions_are_refused(name, kit_client):
+    with pytest.raises(ValueError, match="model must be a name"):
+        kit_client.Rest("localhost:1", name)
+    with pytest.raises(ValueError, match="label must be a name"):
+        kit_client.Rest("localhost:1", label=name)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
+def test_a_time_out_that_is_none_is_refused(timeout_s, transport, kit_client):
+    with pytest.raises(ValueError, match="timeout_s must be above 0"):
+        transport("localhost:1", timeout_s=timeout_s)
+
+
+def test_a_password_in_the_address_is_sent_and_not_shown(kit_client):
+    heads = []
+
+    def send(connection):
+        connection.sendall(http({"error": "no"}, "401 Unauthorized"))
+
+    with raw_port(send) as address:
+        rest = kit_client.Rest(address.replace("//", "//me:se%20cret@"))
+        heads.append(rest._headers["Authorization"])
+        with pytest.raises(kit_client.ServingError, match="HTTP 401: no"):
+            rest.predict("generate", {"text": ["x"]})
+    with pytest.raises(kit_client.ServingError, match="UNAVAILABLE") as caught:
+        rest.predict("generate", {"text": ["x"]})
+    assert heads == ["Basic bWU6c2UgY3JldA=="]
+    assert "cret" not in str(caught.value)
+
+
+class Scripted:
+    """A transport that gives what a function of the inputs gives."""
+
+    def __init__(self, answer):
+        self.answer, self.n_calls = answer, 0
+
+    def predict(self, signature, inputs):
+        self.n_calls += 1
+        length = inputs["lengths"][0] + inputs["n_tokens"][0]
+        good = {"ids": [[7] * length], "lengths": [length], "text": ["a" * length], "finish_reason": [""]}
+        return good | self.answer(length)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda length: {}, "the server goes on after .* max_new_tokens is 40"),
+        (lambda length: {"ids": [[7] * 1000], "lengths": [1000]}, "the server goes on after 1000 tokens"),
+        (lambda length: {"text": ["ab"[length > 3] * length]}, "the server changed the text"),
+        (lambda length: {"ids": [[length] * length]}, "the server changed the text or the ids"),
+        (lambda length: {"lengths": [length + 1]}, "lengths .* for .* ids"),
+        (lambda length: {"ids": [[7] * length] * 2}, "the answer's ids is not what 1 rows have"),
+        (lambda length: {"finish_reason": ["maybe"]}, "the answer's finish_reason"),
+    ],
+)
+def test_a_stream_has_an_end(answer, message, kit_client):
+    transport = Scripted(answer)
+    with pytest.raises(kit_client.ServingError, match=message):
+        list(kit_client.Client(transport).stream("x"))
+    assert transport.n_calls <= 7
+
+
+def test_lies_over_grpc_are_errors_of_the_clients_own(kit_client, grpc_, monkeypatch):
+    import tensorflow as tf
+    from tensorflow_serving.apis.predict_pb2 import PredictResponse
+
+    transport = kit_client.Grpc(grpc_.address)
+    good = {name: np.array(values) for name, values in GOOD.items() if name not in ("text", "finish_reason")}
+    good |= {name: np.array([GOOD[name][0].encode()], object) for name in ("text", "finish_reason")}
+
+    def answer(change):
+        response = PredictResponse()
+        for name, array in good.items():
+            dtype = tf.float32 if name == "logprobs" else None if array.dtype == object else tf.int32
+            response.outputs[name].CopyFrom(tf.make_tensor_proto(array, dtype))
+        change(response.outputs)
+        monkeypatch.setattr(transport._stub, "Predict", lambda request, **options: response)
+        return kit_client.Client(transport).generate(["x"])
+
+    def huge(outputs):
+        del outputs["ids"].tensor_shape.dim[:]
+        outputs["ids"].tensor_shape.dim.add(size=1)
+        outputs["ids"].tensor_shape.dim.add(size=2**40)
+
+    assert answer(lambda outputs: None)[0].text == " a"
+    for change in (
+        lambda outputs: outputs.clear(),
+        lambda outputs: outputs.pop("ids"),
+        lambda outputs: outputs["text"].string_val.__setitem__(0, b"\xff"),
+        lambda outputs: outputs["text"].tensor_shape.Clear(),
+        lambda outputs: outputs["logprobs"].tensor_shape.dim[0].__setattr__("size", -1),
+        lambda outputs: outputs["logprobs"].__setattr__("dtype", 0),
+        lambda outputs: outputs["logprobs"].__setattr__("dtype", 7),
+        lambda outputs: outputs["ids"].__setattr__("tensor_content", b"abc"),
+        lambda outputs: outputs["completion_length"].tensor_shape.dim.add(size=1),
+        huge,
+    ):
+        with pytest.raises(kit_client.ServingError, match="INTERNAL: the answer's"):
+            answer(change)
+
+
+def test_a_large_answer_over_grpc_is_not_read_and_not_asked_for_again(kit_client, grpc_, naps):
+    transport = kit_client.Grpc(grpc_.address, most_bytes=1000)
+    with pytest.raises(kit_client.ServingError, match="INTERNAL: the answer has more than most_bytes=1000"):
+        kit_client.Client(transport).predict("logits", {"ids": [[1, 2]], "lengths": [2]})
+    assert not naps

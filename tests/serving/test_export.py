@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import shlex
+import subprocess
 import sys
+import time
 
 import pytest
 import tensorflow as tf
@@ -31,6 +34,13 @@ def fails_at_the_end(monkeypatch):
 
     monkeypatch.setattr(export, "trace_signatures", lambda *_: {})
     monkeypatch.setattr(export, "write_assets", fail)
+
+
+@pytest.fixture
+def few_signatures(monkeypatch):
+    """Exports have a signature that is traced soon, and needs no weights."""
+    trace = export.ServedFunctions.signatures
+    monkeypatch.setattr(export.ServedFunctions, "signatures", lambda self: {"encode": trace(self)["encode"]})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -148,6 +158,107 @@ def test_a_version_that_was_made_meanwhile_is_not_replaced_unasked(tmp_path):
         (target / "other").write_text("other")
     assert [path.name for path in target.iterdir()] == ["other"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def leave_over(parent, name, days=2.0):
+    """Makes what a killed export leaves, as old as that."""
+    (parent / name / "new" / "variables").mkdir(parents=True)
+    (parent / name / "new" / "variables" / "weights").write_text("many")
+    then = time.time() - days * 86400
+    os.utime(parent / name, (then, then))
+
+
+def test_what_killed_exports_left_is_removed_after_a_day(tmp_path):
+    leave_over(tmp_path, ".1-ab_d1234")
+    leave_over(tmp_path, ".27-abcd")
+    leave_over(tmp_path, ".2-abcd1234", days=0.9)
+    leave_over(tmp_path, ".mine-abcd1234")
+    leave_over(tmp_path, "1")
+    leave_over(tmp_path, "1-abcd1234")
+    (tmp_path / ".3-abcd1234").write_text("a file")
+    (tmp_path / ".4-abcd1234").symlink_to(tmp_path / "1")
+    with export.new_folder(tmp_path / "5", overwrite=False):
+        pass
+    kept = {".2-abcd1234", ".mine-abcd1234", "1", "1-abcd1234", ".3-abcd1234", ".4-abcd1234", "5"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_the_only_copy_of_a_version_is_not_removed(tmp_path):
+    leave_over(tmp_path, ".1-abcd1234")
+    leave_over(tmp_path, ".2-abcd1234")
+    for name in (".1-abcd1234", ".2-abcd1234"):
+        (tmp_path / name / "old").mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "2").mkdir()
+    with export.new_folder(tmp_path / "5", overwrite=False):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".1-abcd1234", "2", "5"}
+
+
+EXPORTING = """
+import os, sys, time
+from pathlib import Path
+from tf_gpt2.serving.export import new_folder
+with new_folder(Path(sys.argv[1]), overwrite=False) as made:
+    os.utime(made.parent, (0, 0))
+    print("working", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_export_that_lives_keeps_its_folder_and_one_that_was_killed_does_not(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", EXPORTING, tmp_path / "1"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "working\n"
+        with export.new_folder(tmp_path / "2", overwrite=False):
+            pass
+        (alive,) = (path for path in tmp_path.iterdir() if path.name.startswith("."))
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert alive.is_dir()  # what SIGKILL left
+    with export.new_folder(tmp_path / "3", overwrite=False):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+NAMES = ["exp lr=0.1", "exp*", "a?b", "{a,b}", "é ü", "-x", "%41", "a[b", "a]b", "'\"$(x)", "a\nb", "gs:x"]
+PATTERNS = ["exp[lr=0.1]", "[ab]", "a\\b", "exp[1]/gpt2", "exp[!a]", os.fsdecode(b"\xff")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_of_any_name_can_be_loaded(name, generator, tmp_path, few_signatures):
+    folder = export_saved_model(generator, tmp_path / name)
+    loaded = tf.saved_model.load(str(folder))
+    assert loaded.signatures["encode"](text=tf.constant(["To be"]))["ids"].numpy().tolist() == [[396, 304]]
+    assert {spec.name for spec in records(folder)} == {name}
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_what_tensorflow_takes_for_a_pattern_is_refused_before_anything_is_written(name, generator, tmp_path):
+    with pytest.raises(ValueError, match=r"folder must .*TensorFlow.*choose another name"):
+        export_saved_model(generator, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_below_a_pattern_is_its_own_name(generator, tmp_path, monkeypatch, few_signatures):
+    (tmp_path / "exp[1]" / "gpt2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "exp[1]")
+    folder = export_saved_model(generator, "gpt2")
+    assert tf.saved_model.load(str(folder)).signatures["encode"](text=tf.constant(["To be"]))
+    assert {spec.name for spec in records(folder)} == {"gpt2"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [(".", "gpt2"), ("..", "models"), ("../gpt2/.", "gpt2"), ("x/..", "gpt2"), ("a..b", "a..b")]
+)
+def test_records_name_the_model_by_its_folder(folder, name, generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "trace_signatures", lambda *_: {})
+    (tmp_path / "models" / "gpt2" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "models" / "gpt2")
+    assert {spec.name for spec in records(export_saved_model(generator, folder))} == {name}
 
 
 @pytest.mark.parametrize(

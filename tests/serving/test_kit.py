@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from configparser import ConfigParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 import yaml
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
+
+from tf_gpt2.serving.prompts import MOST_POSITIONS
+from tf_gpt2.serving.signatures import MOST_LOGITS
 
 ROOT = Path(__file__).parents[2]
 KIT = ROOT / "examples" / "serving"
@@ -169,7 +173,7 @@ def test_compose_fits_the_compose_specification():
 
 
 def test_manifests_fit_the_schemas_of_kubernetes(manifests):
-    assert len(manifests) == 4
+    assert len(manifests) == 6
     for document in manifests.values():
         kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)
 
@@ -254,11 +258,130 @@ def test_the_gpu_is_only_taken_when_asked_for(compose):
     assert "profiles" not in compose["services"]["gpt2"]
 
 
-def test_pods_end_after_their_last_request(compose_flags, manifests, container):
-    (_, wait_s) = container["lifecycle"]["preStop"]["exec"]["command"]
+def pod_of(manifests):
+    return manifests["Deployment", "gpt2"]["spec"]["template"]["spec"]
+
+
+@pytest.fixture(scope="module")
+def drains(compose, container):
+    """The commands that wait for the last answer before SIGTERM, of pods and of compose."""
+    (hook,) = compose["services"]["gpt2"]["pre_stop"]
+    in_pods = container["lifecycle"]["preStop"]["exec"]["command"]
+    return {"pods": in_pods, "compose": [part.replace("$$", "$") for part in hook["command"]]}
+
+
+def test_servers_end_after_their_last_request(compose, compose_flags, manifests, drains):
+    """The grace period has room for all that is waited for, and for the longest request."""
     longest_s = int(compose_flags["rest_api_timeout_in_ms"]) / 1000
-    grace_s = manifests["Deployment", "gpt2"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert grace_s > longest_s + int(wait_s)
+    grace_s = {
+        "pods": pod_of(manifests)["terminationGracePeriodSeconds"],
+        "compose": int(compose["services"]["gpt2"]["stop_grace_period"].removesuffix("s")),
+    }
+    for where, (*_, script) in drains.items():
+        *first_s, turn_s = map(int, re.findall(r"sleep (\d+);", script))
+        most_s = int(re.search(r"seq (\d+)", script)[1]) * turn_s
+        assert longest_s <= most_s < grace_s[where] - sum(first_s)
+        assert where == "compose" or first_s[0] >= 10  # until services send nothing more
+
+
+def test_the_server_is_not_process_1(compose, manifests):
+    """The kernel keeps SIGTERM from a process 1 without a handler, and the server has none."""
+    for service in compose["services"].values():
+        assert service["init"] is True
+        assert service["stop_signal"] == "SIGTERM"
+    assert pod_of(manifests)["shareProcessNamespace"] is True
+
+
+@pytest.mark.parametrize("where", ["pods", "compose"])
+def test_the_server_is_stopped_once_it_computes_nothing(where, drains):
+    """The hook, with one process here for those of the container."""
+    program = "import sys, time\nwhile sys.argv[1] == 'busy': pass\ntime.sleep(600)"
+    for kind in ("busy", "idle"):
+        process = subprocess.Popen([sys.executable, "-c", program, kind])
+        time.sleep(1)  # until it has started, which takes time as well
+        script = drains[where][-1].replace("[0-9]*", str(process.pid)).replace("sleep 15", "sleep 0")
+        assert f"/proc/{process.pid}/stat" in script
+        hook = subprocess.Popen([*drains[where][:-1], script])
+        try:
+            if kind == "busy":
+                with pytest.raises(subprocess.TimeoutExpired):
+                    hook.wait(timeout=5)
+            else:
+                assert hook.wait(timeout=15) == 0
+        finally:
+            for one in (hook, process):
+                one.kill()
+                one.wait()
+
+
+def test_servers_may_do_nothing_but_serve(compose, manifests, container):
+    for service in compose["services"].values():
+        user = int(service["user"].partition(":")[0])
+        assert user > 0
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+    pod = pod_of(manifests)
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == user
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    expected = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    assert container["securityContext"] == expected
+
+
+def test_only_clients_reach_the_pods_and_pods_reach_nobody(manifests, container):
+    policy = manifests["NetworkPolicy", "gpt2"]["spec"]
+    assert sorted(policy["policyTypes"]) == ["Egress", "Ingress"]
+    assert policy["egress"] == []
+    assert all(rule["from"] for rule in policy["ingress"])  # a rule without "from" lets all in
+    named = {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
+    assert named == {port["name"] for port in container["ports"]}
+
+
+def test_a_drain_of_nodes_is_possible(manifests):
+    budget = manifests["PodDisruptionBudget", "gpt2"]["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert "minAvailable" not in budget
+
+
+@NO_CLUSTER_NEEDED
+def test_the_digest_in_the_comment_of_kustomization_stands_beside_the_tag(container, tmp_path):
+    text = (KIT / "kustomization.yaml").read_text()
+    digest = "sha256:" + "0a" * 32
+    for path in KIT.glob("*.*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(text.replace("#~ ", "").replace("digest: DIGEST", f"digest: {digest}"))
+    made = subprocess.run(["kubectl", "kustomize", tmp_path], capture_output=True, text=True, timeout=60, check=True)
+    (deployment,) = (one for one in yaml.safe_load_all(made.stdout) if one["kind"] == "Deployment")
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"{container['image']}@{digest}"
+    assert f"imagetools inspect {container['image']} --format" in text
+
+
+def test_nobody_made_a_digest_up():
+    for path in KIT.glob("*.*"):
+        assert "sha256:" not in path.read_text()
+
+
+GIB = 2**30
+MEASURED_GB = {"process": 0.5, "weights": 0.5, "transposed": 0.5, "position": 2.0 / 8192}
+"""Of 124M in float32, as docs/serving.md has them; of the window of 1,024 positions a row."""
+
+
+def test_memory_holds_what_is_allowed_at_once(compose, container, batching):
+    """Two versions, and as many batches at once as there are threads, each the largest that the limits let pass."""
+    n_batches, n_rows = batching.num_batch_threads.value, batching.max_batch_size.value
+    batch_gb = n_rows * 1024 * MEASURED_GB["position"]
+    logits_gb, json_gb = 3 * 4 * MOST_LOGITS / 1e9, 22 * MOST_LOGITS / 1e9
+    versions_gb = 2 * (MEASURED_GB["weights"] + MEASURED_GB["transposed"])
+    needed_gb = MEASURED_GB["process"] + versions_gb + n_batches * (max(batch_gb, logits_gb) + json_gb)
+    resources = container["resources"]
+    assert resources["limits"]["memory"] == resources["requests"]["memory"]
+    memory_gb = int(resources["limits"]["memory"].removesuffix("Gi")) * GIB / 1e9
+    assert needed_gb < memory_gb
+    assert n_rows * 1024 <= MOST_POSITIONS
+    for service in compose["services"].values():
+        assert service["mem_limit"] == f"{resources['limits']['memory'].removesuffix('Gi')}gb"
 
 
 def test_objects_of_kubernetes_find_each_other(manifests):
@@ -268,6 +391,10 @@ def test_objects_of_kubernetes_find_each_other(manifests):
     for (kind, _), document in manifests.items():
         if kind == "Service":
             assert document["spec"]["selector"] == labels
+        if kind == "PodDisruptionBudget":
+            assert document["spec"]["selector"]["matchLabels"] == labels
+        if kind == "NetworkPolicy":
+            assert document["spec"]["podSelector"]["matchLabels"] == labels
     scaler = manifests["HorizontalPodAutoscaler", "gpt2"]["spec"]
     assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "gpt2"}
     assert "replicas" not in deployment  # or each apply would undo what the scaler did

@@ -1,6 +1,7 @@
 """What the served functions give, against ``TextGenerator`` and ``GPT2Model``; and what they answer to bad input."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from reference import lively_params
 from tf_gpt2 import Encoder, GPT2Config, GPT2Model, TextGenerator, generate
 from tf_gpt2.serving.graph_loop import power_of_two
 from tf_gpt2.serving.prompts import PromptReader
-from tf_gpt2.serving.signatures import MOST_LOGITS, ServedFunctions
+from tf_gpt2.serving.signatures import MOST_IDS, MOST_LOGITS, ServedFunctions
 from tf_gpt2.serving.text import unfinished
 from tf_gpt2.tokenizer.encoder import bytes_to_unicode
 
+HERE = Path(__file__).parent
 PROMPTS = ["To be", "", "ROMEO:\nWhat light through yonder", "é€😀"]
 WILD = {
     "temperature": [1.0, 0.7, 1.5, 0.9],
@@ -375,6 +377,83 @@ def test_requests_that_would_not_fit_the_memory_fail(plain, generator):
     with pytest.raises(tf.errors.InvalidArgumentError, match="ids must have at most"):
         n_rows = MOST_LOGITS // n_vocab + 1
         plain("logits", ids=np.ones((n_rows, 1), np.int32), lengths=np.ones(n_rows, np.int32))
+
+
+def test_rows_without_ids_count_as_rows(plain):
+    n_rows = MOST_IDS + 1
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"text gives {n_rows} ids, rows times the longest"):
+        plain("encode", text=np.full(n_rows, b"", object))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"ids must have at most {MOST_IDS} places .*got {n_rows}"):
+        plain("decode", ids=np.zeros((n_rows, 0), np.int32), lengths=np.zeros(n_rows, np.int32))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="ids must have at most"):
+        plain("logits", ids=np.zeros((n_rows, 0), np.int32), lengths=np.zeros(n_rows, np.int32))
+    for name in ("generate_ids", "next"):
+        text = {"text": [b""] * 2**15 + [b""]} if name == "next" else {}
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"at most 32768 positions, .* got 32769"):
+            plain(name, ids=np.zeros((2**15 + 1, 0), np.int32), lengths=np.zeros(2**15 + 1, np.int32), **text)
+
+
+@pytest.mark.parametrize("name", ["generate_ids", "next", "logits", "decode"])
+def test_columns_without_rows_count_as_well(name, plain):
+    """Such ids are a few bytes in a message of gRPC."""
+    text = {"text": np.array([], object)} if name == "next" else {}
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"at most"):
+        plain(name, ids=np.zeros((0, 2**30), np.int32), lengths=np.zeros(0, np.int32), **text)
+
+
+@pytest.mark.parametrize("shape", [(2, 2**20), (1, 2**15 + 1), (2**10, 33)])
+def test_ids_are_bounded_by_what_is_sent(shape, plain):
+    """Not by ``lengths``: what checks them has their shape."""
+    n_rows, n_places = shape[0], shape[0] * shape[1]
+    given = {"ids": np.zeros(shape, np.int32), "lengths": np.ones(n_rows, np.int32), "max_new_tokens": [1]}
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"at most 32768 positions, .* got {n_places}"):
+        plain("generate_ids", **given)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"at most 32768 positions, .* got {n_places}"):
+        plain("next", text=["a"] * n_rows, **given)
+
+
+def test_ids_up_to_the_limit_are_served(plain):
+    found = plain("generate_ids", ids=np.zeros((2**5, 2**10), np.int32), lengths=[1] * 2**5, max_new_tokens=[1])
+    assert found["completion_length"].tolist() == [1] * 2**5
+
+
+GROWTH = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+sys.path.insert(0, sys.argv[2])
+from server_double import InvalidArgumentError, ServedModel
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+served = ServedModel(Path(sys.argv[1]))
+n_rows, longest_bytes = 30_000, int(sys.argv[3])
+texts = {"text": np.array([b"a " * (longest_bytes // 2)] + [b"a"] * (n_rows - 1), object)}
+nothing = {"ids": np.zeros((n_rows, 1), np.int32), "lengths": np.zeros(n_rows, np.int32)}
+requests = {name: texts for name in ("serving_default", "generate", "score", "embed", "encode")}
+requests["next"] = texts | nothing
+for name, inputs in requests.items():
+    one_token = {"max_new_tokens": np.array([1])} if name in ("generate", "next") else {}
+    served.run(name, {key: value[-2:] for key, value in inputs.items()} | one_token)
+    before, said = peak_mb(), "served"
+    try:
+        served.run(name, inputs | one_token)
+    except InvalidArgumentError as error:
+        said = "at most" if "at most" in str(error) else str(error)
+    print(name, round(peak_mb() - before), said, sep=":")
+"""
+
+
+def test_memory_of_every_signature_follows_what_was_sent(exported, generator, run_python):
+    """A text of as many bytes as are read, before 30,000 short ones: no array of (rows, longest) is made of them."""
+    longest_bytes = PromptReader(generator.encoder, generator.model.config.n_ctx).most_bytes
+    lines = [line.split(":", 2) for line in run_python(GROWTH, exported, HERE, longest_bytes).splitlines()]
+    growth_mb = {name: int(growth) for name, growth, _ in lines}
+    assert growth_mb.keys() == {"serving_default", "generate", "score", "embed", "encode", "next"}
+    assert max(growth_mb.values()) < 550, growth_mb
+    assert {said for _, _, said in lines} <= {"served", "at most"}
+    assert dict(line[::2] for line in lines)["encode"] == "at most"
 
 
 def test_a_vocabulary_without_end_of_text(toy):

@@ -1,6 +1,7 @@
 """Warm-up records: read back as a server reads them, and run."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,10 @@ import tensorflow as tf
 from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
 from tf_gpt2.serving import warmup
+from tf_gpt2.serving.options import GENERATE_OPTIONS, option_default
+
+OFF = {name: option_default(name, 0).numpy()[0] for name in GENERATE_OPTIONS}
+"""What each option is when it does nothing."""
 
 
 def read(path):
@@ -57,6 +62,48 @@ def test_records_run_steps_behind_the_first(served):
             assert served.run(name, inputs)["completion_length"].tolist() == [warmup.N_TOKENS]
 
 
+def test_what_people_ask_for_is_warm():
+    """A graph sets up what it does for an option when a request first has it: a first draw took 2.2 s."""
+    for signature in ("generate", "generate_ids", "next"):
+        asked = [inputs for name, inputs in warmup.plain_requests() if name == signature]
+        seen = {option for inputs in asked for option in GENERATE_OPTIONS if inputs[option] != OFF[option]}
+        assert seen == set(GENERATE_OPTIONS)
+        assert any(inputs["temperature"] > 0 and inputs["top_p"] == 1 and inputs["top_k"] == 0 for inputs in asked)
+        assert any(inputs["temperature"] > 0 and inputs["top_p"] < 1 and inputs["top_k"] == 0 for inputs in asked)
+
+
+def test_records_have_one_row_and_a_value_for_each_input(served):
+    """So they load in a server of any ``max_batch_size``, which wants all inputs to have as many rows."""
+    for name, inputs in warmup.plain_requests():
+        assert inputs.keys() == served.dtypes[name].keys()
+        assert {len(array) for array in inputs.values()} == {1}
+
+
+FIRST_DRAWN = """
+import sys, time
+from pathlib import Path
+import numpy as np
+sys.path.insert(0, sys.argv[2])
+from server_double import ServedModel
+from tf_gpt2.serving import warmup
+
+served = ServedModel(Path(sys.argv[1]))
+for name, inputs in warmup.plain_requests():
+    served.run(name, inputs)
+request = {"text": np.array([b"To be"], object), "max_new_tokens": np.array([4], np.int32)}
+request |= {"temperature": np.array([0.7], np.float32), "top_p": np.array([0.8], np.float32)}
+for name in ("generate", "generate"):
+    start = time.perf_counter()
+    served.run(name, request)
+    print(time.perf_counter() - start)
+"""
+
+
+def test_the_first_drawn_request_is_as_quick_as_the_next(exported, run_python):
+    first_s, next_s = map(float, run_python(FIRST_DRAWN, exported, Path(__file__).parent).split())
+    assert first_s < 3 * next_s + 0.2  # it was 40 times as long
+
+
 def test_prompts_have_different_lengths(served):
     lengths = [
         served.run(name, inputs)["lengths"].item() for name, inputs in warmup.plain_requests() if name == "encode"
@@ -87,6 +134,12 @@ def test_the_file_is_replaced_and_its_folder_made(tmp_path):
 def test_what_no_server_takes_is_not_written(tmp_path, n_requests):
     with pytest.raises(ValueError, match=f"requests must be 1 to 1000, got {n_requests}"):
         warmup.write_warmup_records(tmp_path / "records", "gpt2", warmup.plain_requests()[:1] * n_requests)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_name_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="model_name must be the model's name"):
+        warmup.write_warmup_records(tmp_path / "records", "", warmup.plain_requests())
     assert not list(tmp_path.iterdir())
 
 

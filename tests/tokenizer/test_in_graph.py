@@ -267,6 +267,35 @@ def test_many_random_strings_and_vocabularies(real_encoder):
     fuzz_in_graph.fuzz(real_encoder, 4000, seed=1)
 
 
+# ---- memory
+
+GROWTH = """
+import resource, sys
+import tensorflow as tf
+from tf_gpt2.tokenizer.encoder import Encoder
+from tf_gpt2.tokenizer.in_graph import InGraphEncoder
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+in_graph = InGraphEncoder(Encoder.from_files(sys.argv[1]))
+encode = tf.function(in_graph.encode, input_signature=[tf.TensorSpec([None], tf.string)])
+decode = tf.function(in_graph.decode, input_signature=[tf.RaggedTensorSpec([None, None], tf.int32)])
+even, uneven = ["a " * 12] * 4000, ["a " * 50_000] + ["a"] * 4000
+for texts in (even, uneven):  # about as many bytes, and as many rows
+    before = peak_mb()
+    ids = encode(tf.constant(texts))
+    assert decode(ids).numpy().tolist() == [text.encode() for text in texts]
+    print(peak_mb() - before)
+"""
+
+
+def test_memory_follows_bytes_and_rows_not_rows_times_the_longest(run_python, vocabulary_dir):
+    """One long text among short ones; an array of (rows, longest) took 3 GB here."""
+    _, growth_mb = map(float, run_python(GROWTH, vocabulary_dir).split())
+    assert growth_mb < 300
+
+
 # ---- ids -> text
 
 

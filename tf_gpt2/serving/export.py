@@ -1,6 +1,7 @@
 """``export_saved_model``: a generator as one folder that TensorFlow Serving loads.
 
-The folder appears whole or not at all. What it offers is in ``signatures``.
+The folder appears whole or not at all. What it offers is in ``signatures``. An export that is killed leaves a folder
+``.VERSION-xxxxxxxx`` beside the versions; a later one removes it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
+import re
+import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +37,12 @@ from tf_gpt2.tokenizer.encoder import Encoder
 OnStep = Callable[[str], None]
 WARM_UP = ("plain", "xla", "none")
 MOST_VERSION = 2**63 - 1
+LEFT_OVER = re.compile(r"\.\d+-\w+")
+"""Names of folders in which exports are made."""
+LEFT_OVER_AFTER_S = 24 * 3600
+"""Age in seconds from which a folder that no living process holds is what a killed export left."""
+OWNED = "owned"
+"""A file in such a folder, locked as long as the process that exports lives."""
 
 
 def export_saved_model(
@@ -66,7 +78,8 @@ def export_saved_model(
         FileExistsError: when the version is there, or was made meanwhile.
         ImportError: when ``warm_up="xla"`` lacks the extra ``serving``.
         ParamsError: when weights hold NaN or infinity, with which a server would give empty texts.
-        ValueError: when a number is out of range, or ``warm_up`` is none of these.
+        ValueError: when a number is out of range, ``warm_up`` is none of these, or TensorFlow could not read what is in
+            ``folder`` because it takes its name for a pattern.
 
     Example:
         >>> from tf_gpt2.checkpoint.download import embedded_dir
@@ -84,6 +97,7 @@ def export_saved_model(
     if max_new_tokens >= n_ctx:
         raise ValueError(f"max_new_tokens must leave room for a prompt in n_ctx={n_ctx}, got {max_new_tokens}")
     requests = requests_for(warm_up, xla=xla)
+    check_path(folder)
     check_weights(generator.model)
     target = Path(folder) / str(version)
     if target.exists() and not overwrite:
@@ -97,10 +111,40 @@ def export_saved_model(
         write_assets(generator, made / "assets", max_new_tokens, signatures)
         if requests:
             tell("writing requests that warm a server up")
-            write_warmup_records(made / RECORDS_PATH, target.parent.name, requests)
+            write_warmup_records(made / RECORDS_PATH, model_name_of(folder), requests)
         elif warm_up != "none":
             tell('no requests that warm a server up: they need pip install "tf_gpt2[serving]"')
     return target
+
+
+def check_path(folder: str | Path) -> None:
+    """Refuses folders that TensorFlow would write to, and then not find: it reads paths as patterns of file names.
+
+    The path counts as it is given: where a folder above is named so, a path that begins below it works.
+    """
+    path = os.fspath(folder)
+    if re.search(r"\\|\[[^/]+\]", path):
+        raise ValueError(
+            f"folder must have no backslash and no [...] in its path, got {path!r}: TensorFlow takes them for a "
+            "pattern of file names, and could not load what is written there; choose another name"
+        )
+    if not is_utf8(path):
+        raise ValueError(f"folder must be named in UTF-8, which TensorFlow wants, got {path!r}; choose another name")
+
+
+def is_utf8(path: str) -> bool:
+    """Whether all bytes of a path, as the system has it, are UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def model_name_of(folder: str | Path) -> str:
+    """Returns the name under which servers are expected to have the model: the folder's, also of ``.`` and ``..``."""
+    path = Path(folder)
+    return (path.resolve() if path.name in ("", "..") else path).name or "gpt2"
 
 
 def check_weights(model: GPT2Model) -> None:
@@ -129,7 +173,8 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Servers watch the parent: they take numbers for versions, and overlook other names.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+    remove_left_over(target.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch, own(Path(scratch)):
         made = Path(scratch) / "new"
         made.mkdir()
         yield made
@@ -141,6 +186,53 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
             if target.exists():
                 raise already_there(target) from error
             raise
+
+
+def remove_left_over(parent: Path) -> None:
+    """Removes what killed exports left: folders that are older than a day, and held by no living process.
+
+    A folder stays that holds the only copy of a version: its export was killed while it replaced that version.
+    """
+    for path in parent.iterdir():
+        if not LEFT_OVER.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        version = path.name[1:].partition("-")[0]
+        is_only_copy = (path / "old").exists() and not (parent / version).exists()
+        with contextlib.suppress(OSError):  # another export may remove it at the same time
+            if time.time() - path.stat().st_mtime > LEFT_OVER_AFTER_S and not is_only_copy and not is_owned(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """Shows other processes that this one still works in a folder: the system drops the lock when it dies."""
+    with (folder / OWNED).open("wb") as file:
+        lock(file.fileno())
+        yield
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether a living process, maybe this one, works in a folder."""
+    path = folder / OWNED
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return not lock(file.fileno())
+
+
+def lock(descriptor: int) -> bool:
+    """Locks an open file until it is closed; returns whether no other holds it."""
+    if sys.platform == "win32":  # no flock there; an open file cannot be removed either
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def already_there(target: Path) -> FileExistsError:

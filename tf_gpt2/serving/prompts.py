@@ -104,9 +104,14 @@ def longest(lengths: tf.Tensor) -> tf.Tensor:
     return tf.reduce_max(tf.concat([lengths, [0]], axis=0))
 
 
-def check_positions(x: tf.Tensor, n_rows: tf.Tensor, n_positions: tf.Tensor) -> tf.Tensor:
-    """Gives ``x``, or fails the request when it has more positions than the memory may hold."""
-    n_places = tf.cast(n_rows, tf.int64) * tf.cast(n_positions, tf.int64)
+def places_of(n_rows: tf.Tensor, width: tf.Tensor | int) -> tf.Tensor:
+    """Returns rows times width, int64 (); what is empty counts as one, for a row without ids takes memory as well."""
+    return tf.cast(tf.maximum(n_rows, 1), tf.int64) * tf.cast(tf.maximum(width, 1), tf.int64)
+
+
+def check_positions(x: tf.Tensor, n_rows: tf.Tensor, n_positions: tf.Tensor | int) -> tf.Tensor:
+    """Returns ``x``, or fails the request when it has more positions than the memory may hold."""
+    n_places = places_of(n_rows, n_positions)
     sentence = f"a request must have at most {MOST_POSITIONS} positions, rows times tokens: send fewer rows; got"
     return require(x, n_places <= MOST_POSITIONS, sentence, n_places)
 
@@ -128,8 +133,11 @@ def one_length_per_row(ids: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, t
 
 
 def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: int, least_tokens: int = 0) -> Rows:
-    """Checks rows of ids that a client sent: int32 (B, T), int32 (B,)."""
-    ids, lengths = one_length_per_row(check_positions(ids, tf.shape(ids)[0], 1), lengths)
+    """Checks rows of ids that a client sent: int32 (B, T), int32 (B,).
+
+    The request's positions are those that were sent, whatever ``lengths`` says: what is computed here has their shape.
+    """
+    ids, lengths = one_length_per_row(check_positions(ids, tf.shape(ids)[0], tf.shape(ids)[1]), lengths)
     width = tf.shape(ids)[1]
     limit = tf.minimum(width, most_tokens)
     sentence = tf.strings.join(

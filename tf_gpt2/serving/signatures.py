@@ -36,14 +36,15 @@ from tf_gpt2.serving.prompts import (
     join,
     longest,
     one_length_per_row,
+    places_of,
 )
 from tf_gpt2.serving.text import certain_text
 from tf_gpt2.text.generator import TextGenerator
 
-MOST_LOGITS = 2**28
-"""Numbers that ``logits`` gives at once: a message of gRPC holds 2 GB."""
+MOST_LOGITS = 2**26
+"""Numbers that ``logits`` returns at once, more than a window of OpenAI's: tensors take 0.8 GB, as JSON 1.5 GB more."""
 MOST_IDS = 2**22
-"""Rows times ids of the longest row that ``encode`` gives, and ``decode`` takes."""
+"""Rows times ids of the longest row that ``encode`` returns, and ``decode`` takes; an empty row counts as one id."""
 
 Outputs = dict[str, tf.Tensor]
 TEXT = tf.TensorSpec([None], tf.string, "text")
@@ -200,11 +201,11 @@ class ServedFunctions:
 
     def encode(self, text: tf.Tensor) -> Outputs:
         """Turns texts into ids."""
-        ids = self.reader.encode(text)
+        ids = self.reader.encode(
+            check_encoded(text, tf.size(text), 1)
+        )  # too many rows are refused before they are read
         lengths = tf.cast(ids.row_lengths(), tf.int32)
-        n_places = tf.size(lengths, tf.int64) * tf.cast(longest(lengths), tf.int64)
-        sentence = ("text gives", n_places, f"ids, rows times the longest, at most {MOST_IDS} are possible")
-        lengths = require(lengths, n_places <= MOST_IDS, *sentence)
+        lengths = check_encoded(lengths, tf.size(lengths), longest(lengths))
         return {"ids": cut(ids, tf.zeros_like(lengths), lengths), "lengths": lengths}
 
     def decode(self, ids: tf.Tensor, lengths: tf.Tensor) -> Outputs:
@@ -268,9 +269,16 @@ class ServedFunctions:
         return Continued(*(x[:n_rows] for x in continued))
 
 
+def check_encoded(x: tf.Tensor, n_rows: tf.Tensor, width: tf.Tensor | int) -> tf.Tensor:
+    """Returns ``x``, or fails the request when ``encode`` would return more ids than ``MOST_IDS``."""
+    n_places = places_of(n_rows, width)
+    sentence = ("text gives", n_places, f"ids, rows times the longest, at most {MOST_IDS} are possible")
+    return require(x, n_places <= MOST_IDS, *sentence)
+
+
 def at_most(ids: tf.Tensor, most_places: int) -> tf.Tensor:
-    """Gives ids, or fails the request when there are more: int32 (B, T)."""
-    n_places = tf.size(ids, tf.int64)
+    """Returns ids, or fails the request when there are more: int32 (B, T)."""
+    n_places = places_of(tf.shape(ids)[0], tf.shape(ids)[1])
     return require(ids, n_places <= most_places, f"ids must have at most {most_places} places in all, got", n_places)
 
 

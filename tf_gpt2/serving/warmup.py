@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
+from tf_gpt2.serving.options import GENERATE_OPTIONS, option_default
+
 if TYPE_CHECKING:
     from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
@@ -30,6 +32,20 @@ TEXTS = ("Hello", "The quick brown fox jumps over the lazy dog. " * 3)
 
 N_TOKENS = 4  # enough for steps behind the first, and quick
 
+ASKED: tuple[Mapping[str, float], ...] = (
+    {},
+    {"temperature": 0.8, "seed": 1},
+    {"temperature": 0.8, "top_p": 0.9, "seed": 1},
+    {"temperature": 0.8, "top_k": 40, "seed": 1},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.9, "seed": 1},
+    {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5, "no_repeat_ngram_size": 3},
+    {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "min_new_tokens": 1, "seed": 1},
+)
+"""Options that people ask for: what a graph does for some of them is set up when a request first has them."""
+
+IDS = {"ids": np.array([[0, 1, 2]], np.int32), "lengths": np.array([3], np.int32)}
+"""A row of ids that any vocabulary has."""
+
 TWINS = ("serving_default", "generate", "generate_ids", "score", "logits", "embed", "next")
 """Signatures that have compiled twins."""
 
@@ -38,21 +54,32 @@ Request = tuple[str, Mapping[str, np.ndarray]]
 
 
 def plain_requests() -> list[Request]:
-    """Gives small requests for each signature that is not compiled.
+    """Returns small requests for each signature that is not compiled.
 
-    ``serving_default`` has one request, a short one: how much it generates was fixed at export.
+    Each has one row, which a server with any size of batches takes. ``serving_default`` has one request, a short one:
+    how much it generates was fixed at export.
     """
-    few = {"max_new_tokens": np.array([N_TOKENS], np.int32)}
-    ids = {"ids": np.array([[0, 1, 2]], np.int32), "lengths": np.array([3], np.int32)}  # in any vocabulary
-    nothing_yet = {"ids": np.array([[0]], np.int32), "lengths": np.array([0], np.int32)}
-    requests: list[Request] = [("serving_default", texts_of(TEXTS[0])), ("decode", ids), ("logits", ids)]
-    requests.append(("generate_ids", ids | few))
+    requests: list[Request] = [("serving_default", texts_of(TEXTS[0])), ("decode", IDS), ("logits", IDS)]
     for text in TEXTS:
-        inputs = texts_of(text)
-        requests += [(name, inputs) for name in ("encode", "score", "embed")]
-        requests.append(("generate", inputs | few))
-        requests.append(("next", inputs | nothing_yet | few | {"n_tokens": np.array([1], np.int32)}))
+        requests += [(name, texts_of(text)) for name in ("encode", "score", "embed")]
+    requests += continuing(TEXTS[1], ASKED[0])
+    for asked in ASKED:
+        requests += continuing(TEXTS[0], asked)
     return requests
+
+
+def continuing(text: str, asked: Mapping[str, float]) -> list[Request]:
+    """Returns a request for each signature that continues text or ids, all with the same options."""
+    options = {}
+    for name in GENERATE_OPTIONS:
+        default = option_default(name, N_TOKENS).numpy()  # (1,)
+        options[name] = np.array([asked.get(name, default[0])], default.dtype)
+    nothing_yet = IDS | {"lengths": np.array([0], np.int32), "n_tokens": np.array([N_TOKENS // 2], np.int32)}
+    return [
+        ("generate", texts_of(text) | options),
+        ("generate_ids", IDS | options),
+        ("next", texts_of(text) | nothing_yet | options),
+    ]
 
 
 def xla_requests() -> list[Request]:
@@ -75,8 +102,10 @@ def write_warmup_records(path: str | Path, model_name: str, requests: Sequence[R
 
     Raises:
         ImportError: when the serving protos are not installed.
-        ValueError: on no requests, or more than 1000.
+        ValueError: on no requests, or more than 1000, or a model without a name.
     """
+    if not model_name:
+        raise ValueError("model_name must be the model's name in the server, got ''")
     if not 1 <= len(requests) <= MOST_RECORDS:
         raise ValueError(f"requests must be 1 to {MOST_RECORDS}, got {len(requests)}; a server loads no more")
     logs = [make_log(model_name, name, inputs) for name, inputs in requests]

@@ -4,7 +4,8 @@ For a SavedModel that takes and gives text, in a server that has nothing but Ten
 its core: no Python function, no regular expression, no table that is filled when the model is loaded. All texts of a
 batch go together: their characters, in one flat array, are cut into pieces (``in_graph_split``), and the bytes of all
 pieces are merged at once (``in_graph_merge``). With merges as they are learnt, the time grows with the
-length of the texts, not with its square, whatever they contain.
+length of the texts, not with its square, whatever they contain. Memory grows with their bytes and number, never with
+the number times the longest: nothing here is padded.
 
 Strings are nothing for XLA: call these outside of what it compiles.
 """
@@ -68,7 +69,7 @@ class InGraphEncoder(tf.Module):
         """
         texts = repair_utf8(texts)
         characters = tf.strings.unicode_decode(texts, "UTF-8")
-        rows = tf.cast(characters.value_rowids(), tf.int32)
+        rows = rows_of_values(characters)
         starts = piece_starts(characters.flat_values, rows, self._classes)
         symbols = tf.cast(tf.io.decode_raw(tf.strings.reduce_join(texts), tf.uint8), tf.int32)
         is_first_byte = tf.not_equal(symbols & 0b1100_0000, 0b1000_0000)
@@ -103,12 +104,18 @@ class InGraphEncoder(tf.Module):
         """Turns ids into bytes, which need not be UTF-8: ragged (B, T) -> string (B,); 0xFF for an unknown id."""
         places, is_known = self._places(tf.cast(ids.flat_values, tf.int64))
         tokens = tf.where(is_known, tf.gather(self._tokens, places), b"\xff")
-        return tf.strings.unsorted_segment_join(tokens, ids.value_rowids(), ids.nrows())
+        return tf.strings.unsorted_segment_join(tokens, rows_of_values(ids), ids.nrows())
 
     def _places(self, flat_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Says where ids are in the vocabulary, and which are: int64 (N,) -> int32 (N,), bool (N,)."""
         found = tf.minimum(tf.searchsorted(self._known_ids, flat_ids), tf.size(self._known_ids) - 1)
         return found, tf.equal(tf.gather(self._known_ids, found), flat_ids)
+
+
+def rows_of_values(ragged: tf.RaggedTensor) -> tf.Tensor:
+    """Returns the row of each value, int32 (N,): what ``value_rowids`` does by way of a (rows, longest row) array."""
+    places = tf.range(tf.size(ragged.flat_values, ragged.row_splits.dtype))
+    return tf.searchsorted(ragged.row_splits, places, side="right") - 1
 
 
 def _number(starts: tf.Tensor) -> tf.Tensor:
