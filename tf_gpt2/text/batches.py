@@ -92,15 +92,14 @@ def complete_many(
     """
     check_several("prompts", prompts)
     stops, config = check_stops(stop), model.config
-    n_samples = 1 if num_samples is None else num_samples
-    check_counts(batch_size=batch_size, num_samples=n_samples)
+    batch_size, n_samples = check_counts(batch_size=batch_size, num_samples=1 if num_samples is None else num_samples)
     check_lookup(model, prompt_lookup=prompt_lookup, overflow=overflow, n_top=check_top(top_logprobs, config))
     batch_size = max(1, batch_size // n_samples)
     check_overflow(overflow)
     make_limits([], max_new_tokens, stop_ids, config)
     n_prompts = len(prompts) if isinstance(prompts, Sized) else None
-    each = {name: value for name, value in options.items() if name in RULES and has_values(value)}
-    n_values = next((len(value) for value in each.values()), 1)  # type: ignore[arg-type]
+    each = {name: values_of(value) for name, value in options.items() if name in RULES and has_values(value)}
+    n_values = next(map(len, each.values()), 1)
     make_sampling(n_values if n_prompts is None else n_prompts, config, n_samples, **options)
 
     def read() -> Iterator[Prompt]:
@@ -123,7 +122,7 @@ def complete_many(
             prompt_lookup=prompt_lookup,
             **{**options, **own},
         )
-        return make_completions(encoder, result, stops, num_samples)
+        return make_completions(encoder, result, stops, None if num_samples is None else n_samples)
 
     read_prompts = iter(list(read())) if isinstance(prompts, Sequence) else read()
     return in_batches(read_prompts, complete, batch_size, n_prompts=n_prompts, progress=progress)
@@ -204,7 +203,12 @@ def zip_options(prompts: Iterable[str], each: Mapping[str, Any]) -> Iterator[tup
 
 def has_values(value: object) -> bool:
     """Says whether an option is a list or an array."""
-    return getattr(value, "ndim", 0) > 0 or (isinstance(value, Sequence) and not isinstance(value, str))
+    return len(getattr(value, "shape", ())) > 0 or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def values_of(values: Any) -> Sequence[Any]:
+    """Lists an option's values, those of an array or a tensor as Python's numbers."""
+    return np.asarray(values).tolist() if hasattr(values, "shape") else values
 
 
 def encode_prompt(encoder: Encoder, text: str) -> list[int]:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 from tf_gpt2.generation.scoring import Progress, sliding_logprobs
+from tf_gpt2.generation.settings import check_stride
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.tokenizer.encoder import Encoder
 
@@ -76,7 +77,7 @@ def measure_perplexity(
 ) -> Perplexity:
     """Scores a text; arguments and errors as for ``TextGenerator.perplexity``."""
     n_ctx = model.config.n_ctx
-    stride = max(1, n_ctx // 2) if stride is None else stride
+    stride = max(1, n_ctx // 2) if stride is None else check_stride(stride, model.config)
     ids = encoder.encode(text)
     logprobs = sliding_logprobs(model, ids, stride=stride, jit_compile=jit_compile, on_progress=on_progress)
     return Perplexity(
