@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tf_gpt2.generation.result import GenerationResult, Timings
+from tf_gpt2.generation.settings import items_of
 from tf_gpt2.tokenizer.encoder import Encoder
+
+UNKNOWN = sys.maxsize
+"""Where the text of an id ends that ends inside a character."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,8 @@ class TextPieces:
         self._stops = stops
         self._decoder = codecs.getincrementaldecoder("utf-8")(encoder.errors)
         self._held = ""
+        self._given = ""
+        self._ends: list[int] = []
 
     def take(self, ids: Iterable[int]) -> str:
         """Gives the text that is certain now and was not before; ids behind a stop string are left alone."""
@@ -113,7 +120,10 @@ class TextPieces:
             if self.is_stopped:
                 break
             self.n_ids += 1
-            text += self._certain(self._decoder.decode(self._encoder.decode_bytes([token_id])))
+            decoded = self._decoder.decode(self._encoder.decode_bytes([token_id]))
+            text += self._certain(decoded)
+            is_whole = not self._decoder.getstate()[0]  # no half character waits for more bytes
+            self._ends.append(len(self._given) + len(self._held) if is_whole else UNKNOWN)
         return text
 
     def close(self) -> str:
@@ -122,7 +132,16 @@ class TextPieces:
             return ""
         text = self._certain(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
+        self._given += held
         return text + held
+
+    def given(self) -> tuple[int, str]:
+        """Returns how many ids have given all their text, and the text that was given of those behind them."""
+        n_ids, n_chars = 0, 0
+        for i, end in enumerate(self._ends):
+            if end <= len(self._given):
+                n_ids, n_chars = i + 1, end
+        return n_ids, self._given[n_chars:]
 
     def texts(self, chunks: Iterable[Iterable[int]]) -> Iterator[str]:
         """Gives the pieces of text, none of them empty, of ids that come several at a time."""
@@ -142,6 +161,7 @@ class TextPieces:
         else:
             end = len(self._held) - held_back(self._held, self._stops)
         certain, self._held = self._held[:end], "" if self.is_stopped else self._held[end:]
+        self._given += certain
         return certain
 
 
@@ -163,8 +183,8 @@ def check_stops(stop: str | Sequence[str]) -> list[str]:
         TypeError: when they are not strings.
         ValueError: when one is empty.
     """
-    stops: list[Any] = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes)) else [stop]
-    if not all(isinstance(one, str) for one in stops):
+    stops = [stop] if isinstance(stop, str) else items_of(stop)
+    if stops is None or not all(isinstance(one, str) for one in stops):
         raise TypeError(f"stop must be a str or a list of str, got {stop!r}")
     if "" in stops:
         raise ValueError(f"stop must have no empty string, got {stop!r}")
