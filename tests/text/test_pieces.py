@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.text.pieces import TextPieces, check_stops, find_stop, has_stop, held_back
+from tf_gpt2.text.options import check_stops
+from tf_gpt2.text.pieces import TextPieces, find_stop, has_stop, held_back
 from tf_gpt2.tokenizer.encoder import Encoder
 
 ENCODER = Encoder.from_files(embedded_dir())

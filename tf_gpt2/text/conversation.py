@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tf_gpt2.generation.session import Session
-from tf_gpt2.text.batches import check_text
 from tf_gpt2.text.generator import TextGenerator
-from tf_gpt2.text.pieces import TextPieces, check_stops
+from tf_gpt2.text.options import check_stops, check_text
+from tf_gpt2.text.pieces import TextPieces
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

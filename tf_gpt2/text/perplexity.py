@@ -12,6 +12,7 @@ import math
 from tf_gpt2.generation.scoring import Progress, sliding_logprobs
 from tf_gpt2.generation.settings import check_stride
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.text.options import check_text
 from tf_gpt2.tokenizer.encoder import Encoder
 
 LARGEST_EXPONENT = 709.0
@@ -78,7 +79,7 @@ def measure_perplexity(
     """Scores a text; arguments and errors as for ``TextGenerator.perplexity``."""
     n_ctx = model.config.n_ctx
     stride = max(1, n_ctx // 2) if stride is None else check_stride(stride, model.config)
-    ids = encoder.encode(text)
+    ids = encoder.encode(check_text("text", text))
     logprobs = sliding_logprobs(model, ids, stride=stride, jit_compile=jit_compile, on_progress=on_progress)
     return Perplexity(
         n_tokens=len(ids),

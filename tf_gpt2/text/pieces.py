@@ -10,10 +10,8 @@ import codecs
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from tf_gpt2.generation.result import GenerationResult, Timings
-from tf_gpt2.generation.settings import items_of
 from tf_gpt2.tokenizer.encoder import Encoder
 
 UNKNOWN = sys.maxsize
@@ -46,7 +44,7 @@ class Completion:
 
 def make_completions(
     encoder: Encoder, result: GenerationResult, stops: Sequence[str], num_samples: int | None
-) -> list[Any]:
+) -> list[Completion] | list[list[Completion]]:
     """Makes the text of each prompt, or, where a number of samples was asked for, the list of its texts."""
     rows = [make_completion(encoder, result, row, stops) for row in range(len(result.ids))]
     if num_samples is None:
@@ -54,20 +52,20 @@ def make_completions(
     return [rows[start : start + num_samples] for start in range(0, len(rows), num_samples)]
 
 
-def texts_of(completions: Any) -> Any:
-    """Gives the text of a completion, or those of a list, or those of a list of lists."""
-    return completions.text if isinstance(completions, Completion) else [texts_of(one) for one in completions]
+def texts_of(completions: Completion | list[Completion]) -> str | list[str]:
+    """Returns the text of a prompt's completion, or those of its samples."""
+    return completions.text if isinstance(completions, Completion) else [one.text for one in completions]
 
 
 def make_completion(encoder: Encoder, result: GenerationResult, row: int, stops: Sequence[str]) -> Completion:
-    """Makes one row's text, which ends at a stop string."""
+    """Makes one row's text, which ends at a stop string; the result knows already why it ends."""
     pieces = TextPieces(encoder, stops)
     text = pieces.take(result.ids[row]) + pieces.close()
     return Completion(
         text=text,
         ids=result.ids[row][: pieces.n_ids],
         logprobs=result.logprobs[row][: pieces.n_ids],
-        finish_reason="stop" if pieces.is_stopped else result.finish_reasons[row],
+        finish_reason=result.finish_reasons[row],
         top_logprobs=result.top_logprobs[row][: pieces.n_ids],
         timings=result.timings,
         n_truncated=result.n_truncated[row],
@@ -174,18 +172,3 @@ def find_stop(text: str, stops: Iterable[str]) -> int | None:
 def held_back(text: str, stops: Iterable[str]) -> int:
     """Gives the length of the longest end of a text that a stop string could begin with."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-
-
-def check_stops(stop: str | Sequence[str]) -> list[str]:
-    """Gives stop strings as a list.
-
-    Raises:
-        TypeError: when they are not strings.
-        ValueError: when one is empty.
-    """
-    stops = [stop] if isinstance(stop, str) else items_of(stop)
-    if stops is None or not all(isinstance(one, str) for one in stops):
-        raise TypeError(f"stop must be a str or a list of str, got {stop!r}")
-    if "" in stops:
-        raise ValueError(f"stop must have no empty string, got {stop!r}")
-    return stops
