@@ -7,7 +7,37 @@ import does nothing else.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what ``__getattr__`` loads, for editors and type checkers
+    from tf_gpt2.checkpoint.download import download_gpt2_files as download_gpt2_files
+    from tf_gpt2.checkpoint.load import (
+        get_encoder as get_encoder,
+        load_encoder_hparams_and_params as load_encoder_hparams_and_params,
+    )
+    from tf_gpt2.checkpoint.openai import (
+        load_gpt2_params_from_tf_ckpt as load_gpt2_params_from_tf_ckpt,
+        save_gpt2_params_to_tf_ckpt as save_gpt2_params_to_tf_ckpt,
+    )
+    from tf_gpt2.config import GPT2Config as GPT2Config
+    from tf_gpt2.errors import (
+        CheckpointError as CheckpointError,
+        ContextLengthError as ContextLengthError,
+        DownloadError as DownloadError,
+        GPT2Error as GPT2Error,
+        ParamsError as ParamsError,
+    )
+    from tf_gpt2.generation.beam import BeamSearchResult as BeamSearchResult, beam_search as beam_search
+    from tf_gpt2.generation.generate import generate as generate
+    from tf_gpt2.generation.result import GenerationResult as GenerationResult
+    from tf_gpt2.generation.scoring import Score as Score
+    from tf_gpt2.model.gpt2 import GPT2Model as GPT2Model
+    from tf_gpt2.model.layers import MLP as MLP, Block as Block, CausalSelfAttention as CausalSelfAttention
+    from tf_gpt2.serving.export import export_saved_model as export_saved_model
+    from tf_gpt2.text.generator import TextGenerator as TextGenerator
+    from tf_gpt2.text.perplexity import Perplexity as Perplexity
+    from tf_gpt2.text.pieces import Completion as Completion
+    from tf_gpt2.tokenizer.encoder import Encoder as Encoder
 
 _HOMES = {
     "CausalSelfAttention": "tf_gpt2.model.layers",

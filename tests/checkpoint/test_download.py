@@ -24,8 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tf_gpt2.checkpoint import download, transfer
 from tf_gpt2.checkpoint.download import download_gpt2_files, embedded_dir, fetch_file, missing_files, resolve_checkpoint

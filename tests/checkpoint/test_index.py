@@ -9,8 +9,7 @@ import time
 
 import pytest
 import tensorflow as tf
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.index import find_prefix, parse_index, read_index

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from reference import lively_params
 from tf_gpt2.generation.transposed import transposed_of
 

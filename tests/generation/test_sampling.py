@@ -5,8 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from reference import kept_by_min_p, kept_by_top_k, kept_by_top_p, kept_by_typical_p, softmax
 from tf_gpt2.model.loops import plain_loop
 
@@ -54,6 +53,7 @@ def keep_in_plain_loop(logits, sampling):
     return traced(tf.concat([logits, impossible], axis=-1), sampling)[:, :n_vocab]
 
 
+compiled = tf.function(filter_logits, autograph=False, jit_compile=True)
 EVERYWHERE = pytest.mark.parametrize("keep", [filter_logits, keep_in_plain_loop], ids=["eager", "plain loop"])
 
 
@@ -180,6 +180,20 @@ def test_min_p_on_known_rows(keep, row, p, kept):
     assert left(keep(batch(row), settings_of(1, min_p=p))[0], row) == kept
 
 
+@pytest.mark.parametrize("keep", [filter_logits, keep_in_plain_loop, compiled], ids=["eager", "plain loop", "xla"])
+@pytest.mark.parametrize("others", [{}, {"top_k": 3}, {"top_p": 0.999}, {"typical_p": 0.9999}], ids=str)
+@pytest.mark.parametrize("shift", [0, 1e6, -1e6, 1e5])
+def test_min_p_compares_what_differs_of_large_logits(keep, others, shift):
+    """e to the -3 is 0.0498, and beside 1e6 the logarithm of 0.05 is rounded to it."""
+    row = np.float32([shift, shift - 3, shift - 2.9375, shift - 50])
+    for p, kept in ((0.05, [0, 2]), (0.0497, [0, 1, 2]), (0.054, [0])):
+        assert left(keep(batch(row), settings_of(1, min_p=p, **others))[0], row) == kept
+
+
+def test_what_min_p_drops_of_large_logits_is_never_drawn():
+    assert set(drawn([0.0] * 3, 2000, logit_bias={0: 1e6, 1: 999_997.0, 2: -1e6}, min_p=0.05)) == {0}
+
+
 # ---- typical-p
 
 
@@ -224,6 +238,29 @@ def test_typical_p_is_exact_on_a_large_vocabulary(keep, p):
     wanted = kept_by_typical_p(row, p)
     found = left(keep(batch(row), settings_of(1, typical_p=p))[0], row)
     assert len(set(found) ^ set(wanted)) <= 1 + 1e-3 * len(wanted)
+
+
+@pytest.mark.parametrize("offset", [0.0, -100.0])
+@pytest.mark.parametrize("temperature", [1.0, 100.0, 1000.0, 1e4])
+def test_the_most_typical_at_any_temperature(temperature, offset):
+    """The rows differ by millionths at the highest: the order of a sum must not decide."""
+    logits = tf.constant(np.random.default_rng(0).normal(size=(60, 20_000)) * 3 + offset, tf.float32)
+    options = settings_of(60, temperature=temperature, typical_p=1e-6)
+    scaled = logits.numpy().astype(np.float64) / temperature
+    probs = softmax(scaled)
+    distances = np.abs(scaled - (probs * scaled).sum(axis=1, keepdims=True))
+    for keep in (filter_logits, traced, compiled):
+        kept = keep(logits, options).numpy() > -INF
+        assert kept[np.arange(60), distances.argmin(axis=1)].all()
+        assert kept.sum() <= 63  # now and then two are equally near
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("temperature", [1e3, 1e6])
+def test_all_that_are_equally_typical_stay_at_a_high_temperature(keep, temperature):
+    row = np.float32([5, 1, 1, -7, 5])  # nearly equal probabilities, and so a mean of 1
+    kept = keep(batch(row), settings_of(1, temperature=temperature, typical_p=0.01))[0].numpy() > -INF
+    assert np.flatnonzero(kept).tolist() == [1, 2]
 
 
 # ---- together

@@ -155,6 +155,76 @@ def test_another_turn_ends_the_one_before(model):
     assert session.ids == [*ids, 4, *wanted]
 
 
+@pytest.mark.parametrize("end", ["add", "keep"])
+def test_a_turn_that_was_ended_changes_nothing_more(model, end):
+    session = Session(model, jit_compile=False)
+    left = session.add([1], max_new_tokens=20)
+    next(left)
+    if end == "add":
+        take(session, [4], max_new_tokens=3)
+    else:
+        session.keep(1)
+    before, reason = session.ids, session.finish_reason
+    assert list(left) == []
+    assert (session.ids, session.finish_reason) == (before, reason)
+    wanted = generate(model, [[*before, 4]], max_new_tokens=8, jit_compile=False).ids[0]
+    assert take(session, [4], max_new_tokens=8) == wanted
+
+
+@pytest.mark.parametrize("n_shown", [4, 6, 9])
+def test_other_ids_may_stand_for_the_last(model, n_shown):
+    """The cache knows nothing of them, and nothing of what was there."""
+    session = Session(model, jit_compile=False)
+    pieces = session.add(TURNS[0], max_new_tokens=20)
+    given = [i for _, piece in zip(range(3), pieces, strict=False) for i in piece]
+    session.show(n_shown, [50, 51])
+    before = [*[*TURNS[0], *given][:n_shown], 50, 51]
+    assert session.ids == before
+    wanted = generate(model, [[*before, 4]], max_new_tokens=8, jit_compile=False).ids[0]
+    assert take(session, [4], max_new_tokens=8) == wanted
+
+
+def test_what_is_shown_does_not_change_what_a_turn_goes_on_with(model):
+    session = Session(model, jit_compile=False)
+    given = []
+    for piece in session.add(TURNS[0], max_new_tokens=20):
+        given += piece
+        session.show(2, [50])
+    assert given == generate(model, [TURNS[0]], max_new_tokens=20, jit_compile=False).ids[0]
+    assert session.ids == TURNS[0] + given
+
+
+def test_the_reason_is_known_with_the_last_ids(model):
+    for options, n_pieces in (({"max_new_tokens": 3}, 9), ({"max_new_tokens": 1}, 1), ({"max_new_tokens": 200}, 999)):
+        session, whole = Session(model, jit_compile=False), Session(model, jit_compile=False)
+        wanted = take(whole, TURNS[0], **options)
+        pieces, given = session.add(TURNS[0], **options), []
+        for _ in range(n_pieces):
+            given += next(pieces)
+            if given == wanted:
+                break
+            assert session.finish_reason is None
+        pieces.close()
+        assert (session.ids, session.finish_reason) == (whole.ids, whole.finish_reason)
+
+
+def test_an_interrupt_while_a_window_is_read_anew_drops_nothing(model, monkeypatch):
+    session = Session(model, jit_compile=False)
+    take(session, list(range(80)), max_new_tokens=40)
+    before = session.ids
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session_module, "GrowingRun", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        take(session, [7, 8], max_new_tokens=8)
+    monkeypatch.undo()
+    assert (session.ids, session.n_dropped) == (before, 0)
+    wanted = generate(model, [[*before[-46:], 7, 8]], max_new_tokens=8, jit_compile=False).ids[0]
+    assert take(session, [7, 8], max_new_tokens=8) == wanted
+
+
 def test_a_full_window_drops_the_oldest_half(model):
     session = Session(model, jit_compile=False)
     take(session, list(range(80)), max_new_tokens=40)

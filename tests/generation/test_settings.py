@@ -4,9 +4,22 @@ import math
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.generation.options import RULES, SamplingOptions, make_limits, make_sampling, pad_words
+from tf_gpt2.generation.options import (
+    RULES,
+    SamplingOptions,
+    check_counts,
+    check_max_new_tokens,
+    check_row,
+    check_stride,
+    check_top,
+    make_limits,
+    make_sampling,
+    pad_words,
+)
+from tf_gpt2.generation.prompts import check_prompts
 
 INF, NAN = math.inf, math.nan
 CONFIG = GPT2Config(n_vocab=9, n_ctx=12, n_embd=1, n_head=1, n_layer=1)
@@ -107,6 +120,111 @@ def test_settings_may_be_of_any_type_of_number():
         sampling = make_sampling(3, CONFIG, top_k=value, min_new_tokens=value, no_repeat_ngram_size=value)
         for found in (sampling.top_k, sampling.processing.min_new_tokens, sampling.processing.no_repeat_ngram_size):
             assert found.numpy().tolist() == [2**31 - 1] * 3
+
+
+INTEGERS = [
+    (1, 2, 3),
+    [np.int8(1), np.uint64(2), np.int64(3)],
+    [tf.constant(1, tf.int8), tf.constant(2, tf.uint64), 3],
+    [np.array(1), np.array(2), tf.Variable(3)],
+    np.array([1, 2, 3], np.uint8),
+    np.array([1, 2, 3], np.uint64),
+    tf.constant([1, 2, 3], tf.int8),
+    tf.constant([1, 2, 3], tf.uint16),
+    tf.Variable([1, 2, 3]),
+    range(1, 4),
+]
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.dtype is not np.float32])
+@pytest.mark.parametrize("values", INTEGERS, ids=lambda values: str(type(values)))
+def test_integers_may_be_of_any_type(name, values):
+    sampling = make_sampling(3, CONFIG, **{name: values})
+    found = {"seed": sampling.seeds[:, 0], **sampling._asdict(), **sampling.processing._asdict()}[name]
+    assert found.numpy().tolist() == [1, 2, 3]
+    for value in values:
+        found = make_sampling(2, CONFIG, **{name: value})
+        found = {"seed": found.seeds[:, 0], **found._asdict(), **found.processing._asdict()}[name]
+        assert len(set(found.numpy().tolist())) == 1
+
+
+@pytest.mark.parametrize("dtype", [tf.uint64, np.uint64, None])
+def test_the_largest_seed_may_be_of_any_type_that_holds_it(dtype):
+    seeds = [2**64 - 1, 2**63, 2**32]
+    if dtype is not None:
+        seeds = [tf.constant(s, dtype) if dtype is tf.uint64 else dtype(s) for s in seeds]
+    found = make_sampling(3, CONFIG, seed=seeds).seeds.numpy()
+    assert found.tolist() == [[2**32 - 1, 2**32 - 1], [0, 2**31], [0, 1]]
+
+
+@pytest.mark.parametrize("ids", INTEGERS, ids=lambda ids: str(type(ids)))
+def test_ids_may_be_of_any_type(ids):
+    if isinstance(ids, tf.Variable):
+        ids = [*ids.numpy()]
+    sampling = make_sampling(1, CONFIG, suppress=ids, bad_words_ids=[ids], logit_bias={0: np.array(2)})
+    assert sampling.processing.bias.numpy().tolist() == [2, -INF, -INF, -INF, 0, 0, 0, 0, 0]
+    assert sampling.processing.bad_words.numpy()[0].tolist() == [-1, 1, 2, 3]
+    assert make_limits([], 1, ids, CONFIG).stop_ids.numpy()[:4].tolist() == [1, 2, 3, -1]
+    assert check_row("ids", ids, CONFIG).tolist() == [1, 2, 3]
+
+
+def test_counts_may_be_of_any_type():
+    for make in (int, np.uint8, np.int64, np.array, lambda n: tf.constant(n, tf.int8), tf.Variable):
+        counts = [
+            *check_counts(n=make(5), m=make(100)),
+            check_top(make(7), CONFIG),
+            check_max_new_tokens(make(0)),
+            check_stride(make(12), CONFIG),
+        ]
+        assert counts == [5, 100, 7, 0, 12]
+        assert {type(n) for n in counts} == {int}
+
+
+NO_INTEGER = [
+    None,
+    True,
+    np.True_,
+    tf.constant(True),
+    1.0,
+    np.float32(1),
+    tf.constant(1.0),
+    "1",
+    b"1",
+    [1],
+    np.ones(1, int),
+]
+
+
+@pytest.mark.parametrize("value", NO_INTEGER, ids=repr)
+def test_what_is_no_integer_is_no_count(value):
+    for check in (
+        lambda: check_counts(n=value),
+        lambda: check_top(value, CONFIG),
+        lambda: check_max_new_tokens(value),
+        lambda: check_stride(value, CONFIG),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"must be an integer.*got"):
+            check()
+
+
+SCALARS = [None, 5, "To be", b"To be", np.array("To be"), np.array(5), tf.constant("To be"), tf.constant(5), 1.5]
+
+
+@pytest.mark.parametrize("value", SCALARS, ids=repr)
+def test_what_is_no_list_gets_a_sentence(value):
+    for name, check in {
+        "prompts": lambda: check_prompts(value, CONFIG),
+        r"prompts\[0\]": lambda: check_prompts([value], CONFIG),
+        "ids": lambda: check_row("ids", value, CONFIG),
+        "stop_ids": lambda: make_limits([], 1, value, CONFIG),
+        "suppress": lambda: make_sampling(1, CONFIG, suppress=value),
+        "bad_words_ids": lambda: make_sampling(1, CONFIG, bad_words_ids=value),
+        r"bad_words_ids\[0\]": lambda: make_sampling(1, CONFIG, bad_words_ids=[value]),
+        "logit_bias": lambda: make_sampling(1, CONFIG, logit_bias=value),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=rf"^{name} must be .*, got") as caught:
+            check()
+        assert repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [0.01, 100, np.float32(0.01)])

@@ -6,8 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from reference import lively_params
+from tf_gpt2.generation.transposed import matrices
 
 from tf_gpt2 import GPT2Config, GPT2Model
-from tf_gpt2.generation.transposed import matrices
 from tf_gpt2.serving.copies import CopiesInGraph
 
 CONFIG = GPT2Config(n_vocab=101, n_ctx=40, n_embd=12, n_head=3, n_layer=2)

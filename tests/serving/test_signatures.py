@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from reference import lively_params
 
 from tf_gpt2 import Encoder, GPT2Config, GPT2Model, TextGenerator, generate

@@ -6,8 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from reference import lively_params
 
 from tf_gpt2.checkpoint.download import embedded_dir
@@ -283,13 +282,38 @@ def test_errors_name_the_prompt(place, wrong, error, message, many, generator, c
         many(prompts)
     assert calls == []  # a list is checked before anything is computed
     completions = generator.complete_many(iter(prompts), max_new_tokens=1, batch_size=4, jit_compile=False)
-    whole_windows = place - place % (4 * BATCHES_PER_WINDOW)
-    assert len(list(itertools.islice(completions, whole_windows))) == whole_windows
+    good = list(itertools.islice(completions, place))
     with pytest.raises(error, match=rf"prompts\[{place}\] .*{message}"):
+        next(completions)
+    if place:
+        assert_same(good, many(prompts[:place], max_new_tokens=1))
+
+
+@pytest.mark.parametrize("n_good", [0, 1, 3, 4, 37, 100])
+def test_what_comes_before_an_error_of_an_iterable_is_given(n_good, generator, many):
+    def broken():
+        yield from texts(n_good)
+        raise OSError("the disk is gone")
+
+    good = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for completion in generator.complete_many(broken(), max_new_tokens=6, batch_size=4, jit_compile=False):
+            good.append(completion)
+    assert len(good) == n_good
+    if good:
+        assert_same(good, many(texts(n_good)))
+
+
+def test_what_comes_before_a_missing_value_is_given(generator):
+    completions = generator.complete_many(
+        iter(texts(50)), seed=list(range(40)), max_new_tokens=1, batch_size=4, jit_compile=False
+    )
+    assert len(list(itertools.islice(completions, 40))) == 40
+    with pytest.raises(ValueError, match="seed must have one value per prompt, and 40 are all that both have"):
         next(completions)
 
 
-@pytest.mark.parametrize("prompts", [5, None, b"To be"])
+@pytest.mark.parametrize("prompts", [5, None, b"To be", np.array("To be"), np.array(b"x"), tf.constant("To be")])
 def test_what_gives_no_texts_is_refused(prompts, many):
     with pytest.raises(TypeError, match="prompts must be str in a list or another iterable"):
         many(prompts)
@@ -343,8 +367,40 @@ def test_values_are_as_many_as_prompts(n, many, generator):
 def test_values_of_any_kind_go_with_their_prompts(many):
     prompts, temperature = texts(6), [0.0, 2.0] * 3
     expected = many(prompts, temperature=temperature, seed=4)
-    for values in (tuple(temperature), np.array(temperature), tf.constant(temperature)):
+    for values in (tuple(temperature), np.array(temperature), tf.constant(temperature), tf.Variable(temperature)):
         assert_same(many(prompts, temperature=values, seed=np.uint8(4)), expected)
+
+
+SMALL_INTEGERS = [
+    np.uint8,
+    np.int64,
+    lambda n: np.array(n, np.uint8),
+    lambda n: tf.constant(n, tf.uint8),
+    lambda n: tf.constant(n, tf.int8),
+]
+
+
+@pytest.mark.parametrize("make", SMALL_INTEGERS)
+def test_counts_may_be_integers_of_any_type(many, make):
+    prompts = texts(70)
+    expected = many(prompts, batch_size=32, top_logprobs=7, num_samples=2, max_new_tokens=2)
+    found = many(
+        prompts, batch_size=make(32), top_logprobs=make(7), num_samples=make(2), max_new_tokens=make(2), top_k=make(0)
+    )
+    assert [[one.top_logprobs for one in samples] for samples in found] == [
+        [one.top_logprobs for one in samples] for samples in expected
+    ]
+
+
+@pytest.mark.parametrize("make", SMALL_INTEGERS)
+def test_seeds_may_be_integers_of_any_type(many, make):
+    prompts, options = texts(9), {"temperature": 1.5}
+    expected = many(prompts, seed=list(range(9)), **options)
+    vector = make(np.arange(9))
+    for seeds in ([make(i) for i in range(9)], tuple(make(i) for i in range(9)), vector):
+        if np.ndim(seeds) == 1:  # np.int64 makes none of several
+            assert_same(many(prompts, seed=seeds, **options), expected)
+            assert_same(many(iter(prompts), seed=seeds, **options), expected)
 
 
 # ---- overflow

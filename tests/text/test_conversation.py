@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.cli.generate import take_turn
@@ -84,13 +86,149 @@ def test_turns_that_were_dropped_are_not_undone(conversation):
 
 
 def test_what_is_no_text_is_refused(conversation):
-    with pytest.raises(TypeError, match=r"^text must be a str, got 5"):
-        conversation.add(5)
+    for wrong in (5, None, b"To be", ["To be"], np.array("To be"), tf.constant("To be")):
+        with pytest.raises(TypeError, match=r"^text must be a str, got"):
+            conversation.add(wrong)
     with pytest.raises(ContextLengthError, match=r"n_ctx=256"):
         conversation.add("O " * 300)
     with pytest.raises(ValueError, match=r"^temperature must"):
         conversation.add("O", temperature=-1)
     assert conversation.text == ""
+    assert not conversation.undo()
+
+
+# ---- turns that are left
+
+
+def stop_in(generator, text, n_tokens, place):
+    """A stop string that the completion holds, from some place on."""
+    whole = generator.generate(text, max_new_tokens=n_tokens, jit_compile=False)
+    return whole[place : place + 3]
+
+
+@pytest.fixture
+def by_token(monkeypatch):
+    monkeypatch.setattr("tf_gpt2.generation.generate.PIECE_S", 0)  # one token at a time
+
+
+@pytest.mark.parametrize("stop", ["d n", "n", "\n", "\n\n", "never said", []])
+def test_a_turn_left_at_its_last_piece_is_as_one_that_was_exhausted(generator, stop, monkeypatch):
+    monkeypatch.setattr("tf_gpt2.generation.generate.PIECE_S", 1000)  # two pieces, so that the last holds the end
+    options = {"stop": stop, "max_new_tokens": 60}
+    exhausted = Conversation(generator, jit_compile=False)
+    pieces = list(exhausted.add("To be", **options))
+    left = Conversation(generator, jit_compile=False)
+    turn = left.add("To be", **options)
+    assert [next(turn) for _ in pieces] == pieces
+    turn.close()
+    assert left.text == exhausted.text
+    assert left.session.finish_reason == exhausted.session.finish_reason
+    assert take(left, " or", max_new_tokens=5) == take(exhausted, " or", max_new_tokens=5)
+
+
+def test_no_text_behind_a_stop_string_is_remembered(generator):
+    exhausted = Conversation(generator, jit_compile=False)
+    take(exhausted, "To be", stop="d n", max_new_tokens=60)
+    for n_pieces in (1, 2, 3, 4):
+        left = Conversation(generator, jit_compile=False)
+        for n, _ in enumerate(left.add("To be", stop="d n", max_new_tokens=60), 1):
+            if n == n_pieces:
+                break
+        assert exhausted.text.startswith(left.text)
+
+
+@pytest.mark.parametrize("how", ["close", "suspended", "interrupt"])
+@pytest.mark.parametrize("n_held", [1, 2])
+@pytest.mark.parametrize("n_tokens", [1, 2, 6])
+def test_what_nobody_saw_is_not_remembered(generator, by_token, monkeypatch, how, n_held, n_tokens):
+    """A stop string that almost comes holds back the end of a token."""
+    ids = generator.complete("To be", max_new_tokens=30, jit_compile=False).ids
+    texts = [generator.encoder.decode(ids[:n]) for n in range(len(ids) + 1)]
+    place = [n for n in range(1, len(ids)) if len(texts[n]) - len(texts[n - 1]) > n_held][n_tokens]
+    shown, held = texts[place][:-n_held], texts[place][-n_held:]
+    conversation = Conversation(generator, jit_compile=False)
+    turn, given = conversation.add("To be", stop=held + "\0", max_new_tokens=30), ""
+    while len(given) < len(shown):
+        given += next(turn)
+    assert given == shown
+    if how == "close":
+        turn.close()
+    elif how == "interrupt":
+        monkeypatch.setattr(conversation.session._run, "advance", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(turn)
+        monkeypatch.undo()
+    assert conversation.text == "To be" + shown
+    anew = Conversation(generator, jit_compile=False)
+    anew.session.ids = [*conversation.session.ids]  # with nothing in a cache
+    after = take(conversation, " or", max_new_tokens=8)
+    assert after == take(anew, " or", max_new_tokens=8)
+    assert conversation.text == "To be" + shown + " or" + after
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_half_a_character_that_nobody_saw_is_not_remembered(generator, by_token):
+    first, second = "é".encode()
+    byte_ids = [generator.encoder.encoder[generator.encoder.byte_encoder[byte]] for byte in (first, second)]
+    conversation = Conversation(generator, jit_compile=False)
+    options = {"logit_bias": {byte_ids[0]: 1e6}, "no_repeat_ngram_size": 0, "max_new_tokens": 5}
+    turn = conversation.add("To be", **options)
+    next(turn)  # the first half is replaced when another follows it
+    turn.close()
+    assert conversation.text == "To be\ufffd"
+
+
+@pytest.mark.parametrize("end", ["add", "undo", "reset"])
+def test_an_old_iterator_changes_nothing(conversation, generator, by_token, end):
+    stop = stop_in(generator, "To be", 30, 12)
+    for n_pieces in (1, 3):
+        conversation.reset()
+        old = conversation.add("To be", stop=[stop, "\0"], max_new_tokens=30)
+        given = "".join(next(old) for _ in range(n_pieces))
+        if end == "add":
+            new = take(conversation, " or", max_new_tokens=5)
+            wanted = "To be" + given + " or" + new
+        else:
+            assert conversation.undo() if end == "undo" else conversation.reset() is None
+            wanted = ""
+        assert conversation.text == wanted
+        assert list(old) == []
+        assert conversation.text == wanted
+        conversation.undo()
+        assert conversation.text == ("To be" + given if end == "add" else "")
+
+
+def test_an_old_iterator_left_at_its_stop_string_changes_nothing(conversation, generator):
+    stop = stop_in(generator, "To be", 30, 12)
+    old = conversation.add("To be", stop=stop, max_new_tokens=30)
+    while conversation.session.finish_reason is None:
+        next(old)
+    take(conversation, " or", max_new_tokens=5)
+    before = conversation.text
+    assert list(old) == []
+    assert conversation.text == before
+
+
+@pytest.mark.parametrize("n_turns", [0, 1, 2])
+def test_an_interrupted_read_leaves_no_turn_to_undo(conversation, monkeypatch, n_turns):
+    texts = [""]
+    for turn in range(n_turns):
+        take(conversation, f" or{turn}", max_new_tokens=3)
+        texts.append(conversation.text)
+    with monkeypatch.context() as patch:
+        patch.setattr("tf_gpt2.generation.session.GrowingRun", interrupt)
+        if n_turns:
+            patch.setattr(conversation.session._run, "extend", interrupt)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                take(conversation, " not", max_new_tokens=3)
+    assert conversation.text == texts[-1]
+    for text in texts[-2::-1]:
+        assert conversation.undo()
+        assert conversation.text == text
     assert not conversation.undo()
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tf_gpt2.checkpoint.download import FILES, VOCABULARY_FILES, embedded_dir
 from tf_gpt2.checkpoint.load import load_encoder_hparams_and_params
 from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
 from tf_gpt2.config import GPT2Config, read_hparams
 from tf_gpt2.errors import CheckpointError, ContextLengthError, ParamsError
+from tf_gpt2.explain.explanation import explain
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.run import Run, loop_of
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -256,12 +256,31 @@ def test_too_long_a_prompt_is_refused(plain):
         plain(["To be", "To be " * 500])
 
 
-@pytest.mark.parametrize("texts", [5, None, [5], [b"To be"], b"To be", [["To be"]], {"To be": 1}])
+NO_TEXTS = [5, None, [5], [b"To be"], b"To be", [["To be"]], {"To be": 1}, np.array("To be"), tf.constant("To be")]
+NO_TEXTS += [[None], [np.array("To be")], [tf.constant("To be")], np.array([b"To be"]), np.array([["To be"]])]
+
+
+@pytest.mark.parametrize("texts", NO_TEXTS, ids=repr)
 def test_what_is_no_text_is_refused(texts, plain, generator):
     message = r"^(prompts|texts)(\[0\])? must be (a )?str.* got .*(To be|5|None)"
-    for ask in (plain, generator.beam_search, generator.score):
+    for ask in (plain, generator.complete, generator.beam_search, generator.score):
         with pytest.raises(TypeError, match=message):
             ask(texts)
+
+
+@pytest.mark.parametrize("text", [5, None, b"To be", ["To be"], np.array("To be"), tf.constant("To be")], ids=repr)
+def test_what_is_not_one_text_is_refused(text, generator):
+    for ask in (generator.stream, generator.perplexity, lambda text: explain(generator, text)):
+        with pytest.raises(TypeError, match=r"^(prompt|text) must be a str, got .*(To be|5|None)"):
+            ask(text)
+
+
+def test_the_sentence_says_how_to_make_a_text(generator):
+    for wrong, remedy in ((b"x", "decode it"), (np.array("x"), "take the text out of it"), ([b"x"], "decode it")):
+        with pytest.raises(TypeError, match=remedy):
+            generator.generate(wrong)
+    assert generator.generate(np.array("To be").item(), max_new_tokens=1, jit_compile=False)
+    assert generator.generate(np.array(["To be"]), max_new_tokens=1, jit_compile=False)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Text in pieces: what is given is certain, nothing is lost, and it does not matter how many ids come at a time."""
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import tensorflow as tf
+from hypothesis import given, settings, strategies as st
 
 from tf_gpt2.checkpoint.download import embedded_dir
-from tf_gpt2.text.pieces import TextPieces, check_stops, find_stop, has_stop, held_back
+from tf_gpt2.text.options import check_stops
+from tf_gpt2.text.pieces import TextPieces, find_stop, has_stop, held_back
 from tf_gpt2.tokenizer.encoder import Encoder
 
 ENCODER = Encoder.from_files(embedded_dir())
@@ -62,6 +64,22 @@ def test_a_stop_string_cuts_at_once_and_takes_nothing_back(text, stops, sizes):
         assert pieces.take(ids) == pieces.close() == ""
 
 
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.integers(0, 255), max_size=20) | LETTERS.map(ENCODER.encode), STOPS, st.integers(1, 4))
+def test_what_was_given_is_the_text_of_whole_ids_and_a_rest(ids, stops, size):
+    pieces, given = TextPieces(ENCODER, stops), ""
+    for start in range(0, len(ids), size):
+        given += pieces.take(ids[start : start + size])
+        if pieces.is_stopped:
+            return
+        n_ids, rest = pieces.given()
+        assert ENCODER.decode(ids[:n_ids]) + rest == given
+        assert len(rest) < 8  # of one token, or of half characters that follow one another
+    given += pieces.close()
+    n_ids, rest = pieces.given()
+    assert ENCODER.decode(ids[:n_ids]) + rest == given
+
+
 @settings(max_examples=300, deadline=None)
 @given(LETTERS, STOPS)
 def test_what_is_held_back_is_no_more_than_need_be(text, stops):
@@ -91,7 +109,8 @@ def test_stop_strings_are_checked():
     assert check_stops("a") == ["a"]
     assert check_stops(("a", "\n\n")) == ["a", "\n\n"]
     assert check_stops([]) == []
-    for wrong in (5, None, [5], b"a", [b"a"]):
+    assert check_stops(np.array(["a"])) == ["a"]
+    for wrong in (5, None, [5], b"a", [b"a"], np.array("a"), np.array(b"a"), tf.constant("a"), {"a": 1}):
         with pytest.raises(TypeError):
             check_stops(wrong)
     for wrong in ("", ["a", ""]):

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tf_gpt2.checkpoint.load import get_encoder
 from tf_gpt2.errors import CheckpointError

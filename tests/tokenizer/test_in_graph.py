@@ -12,8 +12,7 @@ import pytest
 import regex
 import tensorflow as tf
 from fuzz_in_graph import FRAGMENTS, PROBE, toy_encoder
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tf_gpt2.tokenizer import in_graph_merge
 from tf_gpt2.tokenizer.encoder import Encoder, bytes_to_unicode

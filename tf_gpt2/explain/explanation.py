@@ -16,6 +16,7 @@ from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.model.attention_maps import logits_and_attention
 from tf_gpt2.text.generator import TextGenerator
+from tf_gpt2.text.options import check_text
 from tf_gpt2.tokenizer.encoder import Encoder
 
 MAX_TOKENS = 256
@@ -94,6 +95,7 @@ def explain(generator: TextGenerator, text: str) -> Explanation:
 
     Raises:
         ContextLengthError: when the text is longer.
+        TypeError: when it is not a str.
         ValueError: when it is empty.
 
     Example:
@@ -103,7 +105,7 @@ def explain(generator: TextGenerator, text: str) -> Explanation:
         ['<|endoftext|>', 'To', ' be']
     """
     encoder, config = generator.encoder, generator.model.config
-    ids = encoder.encode(text)
+    ids = encoder.encode(check_text("text", text))
     most = min(MAX_TOKENS, config.n_ctx - 1)
     if not ids:
         raise ValueError("text must not be empty: there is nothing to explain")

@@ -105,7 +105,9 @@ def beam_search(
         True
     """
     rows = check_prompts(prompts, model.config)
-    check_counts(num_beams=num_beams, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences)
+    num_beams, max_new_tokens, num_return_sequences = check_counts(
+        num_beams=num_beams, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences
+    )
     if num_return_sequences > num_beams:
         raise ValueError(
             f"num_return_sequences must be at most num_beams={num_beams}, got {num_return_sequences}; "

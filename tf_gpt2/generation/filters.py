@@ -65,10 +65,9 @@ class Cut(NamedTuple):
         last = tf.minimum(n_before, tf.minimum(self.k, n) - 1)
         least = tf.where(self.has_k | (n_before < n), tf.gather(in_order, last, batch_dims=1), -float("inf"))
 
-        least_of_min_p = in_order[:, :1] + self.log_min_p
-        last_id = tf.where(least < least_of_min_p, n_vocab, tf.gather(ids, last, batch_dims=1))
-        least = tf.maximum(least, least_of_min_p)
+        last_id = tf.gather(ids, last, batch_dims=1)
         kept = (logits > least) | ((logits == least) & (tf.range(n_vocab) <= last_id))
+        kept &= is_likely_enough(logits, in_order[:, :1], self.log_min_p)
         kept.set_shape(logits.shape)  # which TensorFlow does not find out
         return kept
 
@@ -168,11 +167,17 @@ def keep_first(marked: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
 
 
 def typicality(logits: tf.Tensor) -> tf.Tensor:
-    """Gives minus the distance of each token's information from the entropy, in nats: (B, V)."""
-    log_probs = tf.nn.log_softmax(logits)
-    probs = tf.exp(log_probs)
-    entropy = -tf.reduce_sum(tf.where(probs > 0, log_probs * probs, 0.0), axis=-1, keepdims=True)
-    return -tf.abs(log_probs + entropy)
+    """Computes minus the distance of each token's information from the entropy, in nats: (B, V).
+
+    The logarithm of the softmax's denominator is in both and cancels. At a high temperature it would be a large number
+    beside small differences, and rounding would decide. The mean takes float64, as XLA and TensorFlow add up in
+    different orders.
+    """
+    z = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
+    weights = tf.cast(tf.exp(z), tf.float64)
+    weighted = tf.where(weights > 0, weights * tf.cast(z, tf.float64), 0.0)
+    mean = tf.reduce_sum(weighted, axis=-1, keepdims=True) / tf.reduce_sum(weights, axis=-1, keepdims=True)
+    return -tf.abs(z - tf.cast(mean, tf.float32))
 
 
 def keep_min_p(logits: tf.Tensor, min_p: tf.Tensor) -> tf.Tensor:
@@ -180,8 +185,16 @@ def keep_min_p(logits: tf.Tensor, min_p: tf.Tensor) -> tf.Tensor:
 
     Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs".
     """
-    least = tf.reduce_max(logits, axis=-1) + tf.math.log(min_p)  # (B,)
-    return tf.where(logits >= least[:, None], logits, -float("inf"))
+    largest = tf.reduce_max(logits, axis=-1, keepdims=True)  # (B, 1)
+    return tf.where(is_likely_enough(logits, largest, tf.math.log(min_p)[:, None]), logits, -float("inf"))
+
+
+def is_likely_enough(logits: tf.Tensor, largest: tf.Tensor, log_min_p: tf.Tensor) -> tf.Tensor:
+    """Computes what min-p keeps: float32 (B, V) and twice (B, 1) -> bool (B, V).
+
+    The difference is compared, since beside a large logit the sum with log(p) would be rounded.
+    """
+    return logits - largest >= log_min_p
 
 
 def sortable(x: tf.Tensor) -> tf.Tensor:

@@ -23,6 +23,7 @@ from tf_gpt2.generation.options import (
     check_top,
     make_limits,
     make_sampling,
+    top_to_keep,
 )
 from tf_gpt2.generation.prompts import SLIDE, check_prompts, fit_prompts, pad
 from tf_gpt2.generation.result import GenerationResult, Timings, make_result, new_ids
@@ -102,8 +103,9 @@ def generate(
     check_names(options, generate)
     max_new_tokens = check_max_new_tokens(max_new_tokens)
     known, n_truncated = fit_prompts(prompts, max_new_tokens, overflow, model.config)
-    check_counts(num_samples=num_samples)
-    n_samples, n_top = int(num_samples), check_top(top_logprobs, model.config)
+    (n_samples,) = check_counts(num_samples=num_samples)
+    top_logprobs = check_top(top_logprobs, model.config)
+    n_top = top_to_keep(top_logprobs, model.config)
     rows = [prompt for prompt in known for _ in range(n_samples)]
     sampling = make_sampling(len(known), model.config, n_samples, **options)
     limits = make_limits(rows, max_new_tokens, stop_ids, model.config)
@@ -243,7 +245,7 @@ def warm_up(
         ContextLengthError: when the prompt leaves no room in the window.
         ValueError: when a number is out of range.
     """
-    check_counts(prompt_length=prompt_length, n_prompts=n_prompts)
+    prompt_length, n_prompts = check_counts(prompt_length=prompt_length, n_prompts=n_prompts)
     rows = check_prompts([[0] * prompt_length] * n_prompts, model.config)
     sampling = make_sampling(n_prompts, model.config)
     limits = make_limits(rows, max_new_tokens, (), model.config)

@@ -28,9 +28,6 @@ WORDS_BUCKET, WORD_LENGTH_BUCKET = 8, 4
 LARGEST_INT = np.iinfo(np.int32).max
 LARGEST_BIAS = 1e6
 
-KINDS = {"int64": ("iu", "an integer"), "float32": ("iuf", "a number"), "object": ("O", "an integer")}
-"""For each dtype, the kinds of NumPy array that are taken for it, and what to call them."""
-
 
 class SamplingOptions(TypedDict, total=False):
     """How tokens are chosen, as keyword arguments: one value for all rows, or one per row; the last three are for all.
@@ -80,7 +77,7 @@ class Rule(NamedTuple):
 
     Attributes:
         default: the value that changes nothing.
-        dtype: to check it in.
+        dtype: to check it in: float32, or for integers int64, or object where they may be larger.
         holds: says for each value of an array, or of a tensor, whether it is right.
         wanted: the same in words, after "must be".
     """
@@ -89,11 +86,6 @@ class Rule(NamedTuple):
     dtype: type
     holds: Callable[[np.ndarray], np.ndarray]
     wanted: str
-
-
-def is_seed(values: np.ndarray) -> np.ndarray:
-    """Says which objects are seeds."""
-    return np.array([is_integer(value) and 0 <= value < 2**64 for value in values])
 
 
 PENALTY = Rule(0.0, np.float32, lambda x: abs(x) <= 100, "in [-100, 100] (0 changes nothing)")
@@ -108,7 +100,7 @@ RULES = {
     ),
     "presence_penalty": PENALTY,
     "frequency_penalty": PENALTY,
-    "seed": Rule(0, object, is_seed, "an integer in [0, 2**64)"),
+    "seed": Rule(0, object, lambda x: (x >= 0) & (x < 2**64), "an integer in [0, 2**64)"),
     "no_repeat_ngram_size": Rule(0, np.int64, lambda x: x >= 0, "at least 0 (0 allows all)"),
     "min_new_tokens": Rule(0, np.int64, lambda x: x >= 0, "at least 0"),
 }
@@ -133,7 +125,7 @@ def make_sampling(
 
 def sample_seeds(seeds: np.ndarray, n_samples: int) -> list[int]:
     """Gives each prompt's samples seeds that follow one another."""
-    all_seeds = [int(seed) + i for seed in seeds for i in range(n_samples)]
+    all_seeds = [seed + i for seed in seeds for i in range(n_samples)]
     if max(all_seeds, default=0) >= 2**64:
         raise ValueError(f"seed must be at most 2**64 - {n_samples} for {n_samples} samples, got {max(seeds)}")
     return all_seeds
@@ -154,22 +146,67 @@ def check_names(options: Mapping[str, Any], *functions: Callable[..., Any], with
 
 def per_row(name: str, value: object, n_rows: int, rule: Rule) -> np.ndarray:
     """Checks a setting and spreads it over the rows, if there is not one value per row."""
-    kinds, what = KINDS[np.dtype(rule.dtype).name]
-    try:
-        array: np.ndarray = np.asarray(value, object if rule.dtype is object else None)
-        has_bool = any(isinstance(x, bool) for x in np.asarray(value, object).flat)
-    except ValueError:  # ragged
-        array, has_bool = np.array(""), False
-    if array.dtype.kind not in kinds or has_bool:
-        raise ValueError(f"{name} must be {what}, or one per prompt, got {value!r}")
-    with np.errstate(over="ignore"):
-        array = array.astype(rule.dtype)
+    is_number = rule.dtype is np.float32
+    array = numbers(value) if is_number else integers(value, rule.dtype)
+    if array is None:
+        raise ValueError(
+            f"{name} must be {'a number' if is_number else 'an integer'}, or one per prompt, got {value!r}"
+        )
     if array.ndim > 0 and array.shape != (n_rows,):
         raise ValueError(f"{name} must be a number or have one value per prompt ({n_rows}), got {value!r}")
     array = np.broadcast_to(array, (n_rows,))
     if not rule.holds(array).all():
         raise ValueError(f"{name} must be {rule.wanted}, got {value!r}")
     return array
+
+
+def numbers(value: object) -> np.ndarray | None:
+    """Converts numbers of any types to float32; returns ``None`` when one is none, or is a bool."""
+    try:
+        array = np.asarray(value)
+        has_bool = any(isinstance(x, (bool, np.bool_)) for x in np.asarray(value, object).flat)
+    except ValueError:  # ragged
+        return None
+    if array.dtype.kind not in "iuf" or has_bool:
+        return None
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
+
+
+def integers(value: object, dtype: type) -> np.ndarray | None:
+    """Converts integers of any types, one by one, to one dtype; returns ``None`` when one is none, or does not fit."""
+    try:
+        array = np.asarray(value, object)
+        converted = [integer_of(x) for x in array.flat]
+        return None if None in converted else np.array(converted, dtype).reshape(array.shape)
+    except (ValueError, OverflowError):  # ragged, or too large
+        return None
+
+
+def integer_of(value: object) -> int | None:
+    """Converts an integer of Python, NumPy or TensorFlow to Python's; returns ``None`` for all else, bool included.
+
+    Compare and count with what this returns: small types overflow, and tensors refuse numbers of other types.
+    """
+    if type(value) is int:
+        return value
+    try:
+        scalar = np.asarray(value, object)
+        if scalar.ndim or isinstance(scalar.item(), (bool, np.bool_)):
+            return None
+        return operator.index(scalar.item())
+    except (TypeError, ValueError, NotImplementedError):  # the last from tensors without a value
+        return None
+
+
+def items_of(values: object) -> list[Any] | None:
+    """Lists what several values hold; returns ``None`` for a text, a mapping, a scalar of NumPy or TensorFlow, …."""
+    if isinstance(values, (str, bytes, Mapping)):
+        return None
+    try:
+        return list(values)  # type: ignore[call-overload]
+    except TypeError:
+        return None
 
 
 def in_32_bits(array: np.ndarray) -> np.ndarray:
@@ -183,14 +220,15 @@ def make_bias(
     """Gives what is added to each id's logit, float32 (V,): -inf for what is never said."""
     if not isinstance(logit_bias, Mapping):
         raise TypeError(f"logit_bias must be a dict from ids to numbers, got {logit_bias!r}")
-    ids = check_ids("logit_bias", logit_bias, config)
+    ids = check_ids("logit_bias", list(logit_bias), config)
     bias = np.zeros(config.n_vocab, np.float32)
     for i, value in zip(ids, logit_bias.values(), strict=True):
-        if isinstance(value, bool) or np.asarray(value).dtype.kind not in "iuf" or np.ndim(value):
+        number = np.asarray(value)
+        if number.dtype.kind not in "iuf" or number.ndim:
             raise TypeError(f"logit_bias must have numbers as values, got {value!r} for id {i}")
-        if not abs(value) <= LARGEST_BIAS and value != -np.inf:
+        if not abs(float(number)) <= LARGEST_BIAS and number != -np.inf:
             raise ValueError(f"logit_bias must have values in [-1e6, 1e6], or -inf for a ban, got {value!r} for id {i}")
-        bias[i] = value
+        bias[i] = number
     bias[check_ids("suppress", suppress, config)] = -np.inf
     bias[[word[0] for word in words if len(word) == 1]] = -np.inf
     if not np.isfinite(bias).any():
@@ -202,9 +240,10 @@ def make_bias(
 
 def check_words(words: Iterable[Sequence[int]], config: GPT2Config) -> list[list[int]]:
     """Checks the sequences that are not to be said."""
-    if isinstance(words, (str, bytes, Mapping)) or not isinstance(words, Iterable):
+    listed = items_of(words)
+    if listed is None:
         raise TypeError(f"bad_words_ids must be a list of lists of ids, got {words!r}")
-    checked = [check_ids(f"bad_words_ids[{i}]", word, config) for i, word in enumerate(words)]
+    checked = [check_ids(f"bad_words_ids[{i}]", word, config) for i, word in enumerate(listed)]
     if [] in checked:
         raise ValueError(f"bad_words_ids[{checked.index([])}] must have at least one id, got {words!r}")
     return checked
@@ -230,10 +269,10 @@ def power_of_two(number: int, smallest: int) -> int:
 
 def check_ids(name: str, ids: Iterable[int], config: GPT2Config) -> list[int]:
     """Checks a list of ids of any integer type."""
-    listed = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)) else [None]
-    if not all(map(is_integer, listed)):
+    listed = items_of(ids)
+    checked = [] if listed is None else [i for i in map(integer_of, listed) if i is not None]
+    if listed is None or len(checked) < len(listed):
         raise TypeError(f"{name} must be a list of ids, got {ids!r}")
-    checked = [operator.index(i) for i in listed]  # type: ignore[arg-type]
     outside = [i for i in checked if not 0 <= i < config.n_vocab]
     if outside:
         raise ValueError(f"{name} must lie in [0, {config.n_vocab}), got {outside}")
@@ -241,44 +280,61 @@ def check_ids(name: str, ids: Iterable[int], config: GPT2Config) -> list[int]:
 
 
 def check_row(name: str, ids: Sequence[int], config: GPT2Config) -> np.ndarray:
-    """Checks one row and gives it as int32 (T,)."""
+    """Checks one row and returns it as int32 (T,)."""
+    row: np.ndarray | None
     try:
         row = np.asarray(ids)
     except ValueError:  # ragged: a list of lists
-        row = np.empty((0, 0))
-    if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+        row = None
+    if row is not None and row.dtype.kind not in "iu":  # as of integers of several types
+        row = integers(ids, object)
+    if row is None or row.ndim != 1:
         raise TypeError(f"{name} must be a list of integers, got {ids!r}; wrap one list of ids as [ids]")
     if row.size and (row.min() < 0 or row.max() >= config.n_vocab):
         raise ValueError(f"{name} must have ids in [0, {config.n_vocab}), got {row.min()} to {row.max()}")
     return row.astype(np.int32)
 
 
-def is_integer(value: object) -> bool:
-    """Says whether a value is an integer, of Python's or NumPy's, and no bool."""
-    return hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_)) and np.ndim(value) == 0  # type: ignore[arg-type]
-
-
-def check_counts(**counts: int) -> None:
-    """Refuses what is no integer from 1 on."""
+def check_counts(**counts: object) -> list[int]:
+    """Returns the integers as Python's, in order; refuses what is no integer from 1 on."""
+    checked = []
     for name, value in counts.items():
-        if not is_integer(value) or value < 1:
+        count = integer_of(value)
+        if count is None or count < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        checked.append(count)
+    return checked
 
 
-def check_top(top_logprobs: int, config: GPT2Config) -> int:
-    """Checks how many alternatives are wanted; gives how many to keep, as another number compiles anew."""
-    if not is_integer(top_logprobs) or not 0 <= top_logprobs <= config.n_vocab:
+def check_top(top_logprobs: object, config: GPT2Config) -> int:
+    """Returns how many alternatives are wanted, as Python's integer."""
+    n = integer_of(top_logprobs)
+    if n is None or not 0 <= n <= config.n_vocab:
         raise ValueError(f"top_logprobs must be an integer in [0, n_vocab={config.n_vocab}], got {top_logprobs!r}")
-    return min(power_of_two(int(top_logprobs), TOP_BUCKET), config.n_vocab) if top_logprobs else 0
+    return n
 
 
-def check_max_new_tokens(max_new_tokens: int) -> int:
-    """Gives an integer of any type as Python's; refuses what is none from 0 on."""
-    if not is_integer(max_new_tokens):
+def top_to_keep(top_logprobs: int, config: GPT2Config) -> int:
+    """Rounds up the number of alternatives, as another number compiles anew."""
+    return min(power_of_two(top_logprobs, TOP_BUCKET), config.n_vocab) if top_logprobs else 0
+
+
+def check_stride(stride: object, config: GPT2Config) -> int:
+    """Returns by how many tokens a window moves on, as Python's integer."""
+    n = integer_of(stride)
+    if n is None or not 1 <= n <= config.n_ctx:
+        raise ValueError(f"stride must be an integer in [1, n_ctx={config.n_ctx}], got {stride!r}")
+    return n
+
+
+def check_max_new_tokens(max_new_tokens: object) -> int:
+    """Returns an integer of any type as Python's; refuses what is none from 0 on."""
+    n = integer_of(max_new_tokens)
+    if n is None:
         raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    return operator.index(max_new_tokens)
+    if n < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {n}")
+    return n
 
 
 def make_limits(rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int], config: GPT2Config) -> Limits:

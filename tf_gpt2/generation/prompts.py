@@ -5,7 +5,7 @@ Knows nothing of text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,7 @@ import tensorflow as tf
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.loop import bucket
-from tf_gpt2.generation.options import check_row
+from tf_gpt2.generation.options import check_row, items_of
 
 OVERFLOWS = ERROR, TRUNCATE, SLIDE = "error", "truncate", "slide"
 """What to do with a text that is too long for the window; ``generate`` says what each means."""
@@ -45,9 +45,10 @@ def window_start(length: int, n_ctx: int) -> int:
 
 def check_prompts(prompts: Sequence[Sequence[int]], config: GPT2Config, *, overflow: str = ERROR) -> list[np.ndarray]:
     """Checks the prompts and gives them as arrays; longer ones than the window only where ``overflow`` has a use."""
-    if isinstance(prompts, (str, Mapping)) or not hasattr(prompts, "__len__") or len(prompts) == 0:
+    listed = items_of(prompts) if hasattr(prompts, "__len__") else None
+    if not listed:
         raise ValueError(f"prompts must be a non-empty list of lists of ids, got {prompts!r}")
-    return [check_prompt(f"prompts[{i}]", prompt, config, overflow=overflow) for i, prompt in enumerate(prompts)]
+    return [check_prompt(f"prompts[{i}]", prompt, config, overflow=overflow) for i, prompt in enumerate(listed)]
 
 
 def check_prompt(name: str, prompt: Sequence[int], config: GPT2Config, *, overflow: str) -> np.ndarray:

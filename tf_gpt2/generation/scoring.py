@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import tensorflow as tf
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import bucket
-from tf_gpt2.generation.options import check_row, is_integer, power_of_two
+from tf_gpt2.generation.options import check_row, check_stride, items_of, power_of_two
 from tf_gpt2.generation.prompts import pad_rows
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network
@@ -89,9 +89,10 @@ def score(
         >>> [len(one.logprobs) for one in score(GPT2Model(config), [[1, 2, 3], [4]], start_id=0)]
         [3, 1]
     """
-    if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
+    listed = items_of(rows)
+    if listed is None:
         raise TypeError(f"rows must be a list of lists of ids, got {rows!r}")
-    arrays = [check_row(f"rows[{i}]", row, model.config) for i, row in enumerate(rows)]
+    arrays = [check_row(f"rows[{i}]", row, model.config) for i, row in enumerate(listed)]
     for i, array in enumerate(arrays):
         if len(array) > model.config.n_ctx:
             raise ContextLengthError(
@@ -130,8 +131,7 @@ def sliding_logprobs(
         TypeError: when ids are not integers.
         ValueError: when there are fewer than two ids, some lie outside the vocabulary, or the stride is out of range.
     """
-    if not is_integer(stride) or not 1 <= stride <= model.config.n_ctx:
-        raise ValueError(f"stride must be an integer in [1, n_ctx={model.config.n_ctx}], got {stride!r}")
+    stride = check_stride(stride, model.config)
     array = check_row("ids", ids, model.config)
     if len(array) < 2:
         raise ValueError(f"a text must have at least 2 tokens, got {len(array)}: the first is not scored, only context")

@@ -105,6 +105,8 @@ class Session:
         n_read: how many positions were read so far, apart from those of tokens that the model has chosen.
         n_dropped: how many ids were dropped so far.
         finish_reason: why the last turn ended, ``"length"``, ``"stop"`` or ``"context"``; ``None`` if it was cut short.
+            It is known when the last ids of a turn come.
+        turn: a number that changes when a turn begins, or what is remembered is cut.
 
     Example:
         >>> from tf_gpt2.config import GPT2Config
@@ -124,7 +126,8 @@ class Session:
         self.finish_reason: str | None = None
         self._jit_compile = jit_compile
         self._run: GrowingRun | None = None
-        self._n_turns = 0
+        self._n_in_run = 0  # so many of the ids lie in the run's cache, but for the last of them
+        self.turn = 0
 
     def add(
         self,
@@ -164,41 +167,57 @@ class Session:
         make_limits([row], max_new_tokens, stop_ids, config)
 
         def pieces() -> Iterator[list[int]]:
-            self._n_turns += 1
-            turn = self._n_turns
-            self._make_room(row.size)
-            whole = np.array([*self.ids, *row.tolist()], np.int32)
-            limits = make_limits([whole], max_new_tokens, stop_ids, config)
+            self.turn += 1
+            turn = self.turn
             self.finish_reason = None
-            run = self._start(whole, sampling, limits)
-            self.ids = whole.tolist()
+            n_dropped = self._n_to_drop(row.size)
+            whole = np.array([*self.ids[n_dropped:], *row.tolist()], np.int32)
+            limits = make_limits([whole], max_new_tokens, stop_ids, config)
+            run = self._start(whole, 0 if n_dropped else min(self._n_in_run, len(self.ids)), sampling, limits)
+            self._run, self.n_dropped = run, self.n_dropped + n_dropped
+            ids = whole.tolist()
+            self._remember(ids)
             for new_ids in in_pieces(run, len(whole)):
-                self.ids += new_ids
+                ids += new_ids
+                self._remember(ids)
+                if not run.goes_on:
+                    self.finish_reason = reason_of(run, len(ids) - len(whole), max_new_tokens)
                 yield new_ids
-                if turn != self._n_turns:  # another turn ends this one
+                if turn != self.turn:  # another turn ends this one, and so does ``keep``
                     return
-            is_long = len(self.ids) - len(whole) == max_new_tokens
-            self.finish_reason = "stop" if run.state.stopped[0] else "length" if is_long else "context"
+            self._remember(ids)
+            self.finish_reason = reason_of(run, len(ids) - len(whole), max_new_tokens)
 
         return pieces()
 
     def keep(self, n_tokens: int) -> None:
-        """Forgets all but the first tokens."""
-        self.ids = self.ids[:n_tokens]
+        """Forgets all but the first tokens, and ends the turn under way."""
+        self.turn += 1
+        self.show(n_tokens)
 
-    def _make_room(self, n_new: int) -> None:
-        """Drops the oldest ids, if the new ones do not fit behind them."""
+    def show(self, n_tokens: int, then: Sequence[int] = ()) -> None:
+        """Lets ``ids`` be the first tokens only, for a turn under way until it gives more.
+
+        Args:
+            n_tokens: how many stay.
+            then: ids to put behind them, in place of others with the same text; the next turn reads them.
+        """
+        self._n_in_run = min(self._n_in_run, n_tokens)
+        self.ids = [*self.ids[:n_tokens], *then]
+
+    def _remember(self, ids: Sequence[int]) -> None:
+        """Takes over what is in the run's cache."""
+        self.ids, self._n_in_run = list(ids), len(ids)
+
+    def _n_to_drop(self, n_new: int) -> int:
+        """Computes how many of the oldest ids to drop, so that the new ones fit behind the others."""
         n_ctx = self.model.config.n_ctx
         if len(self.ids) + n_new < n_ctx:
-            return
-        n_kept = max(0, min(len(self.ids), n_ctx // 2 - n_new))
-        self.n_dropped += len(self.ids) - n_kept
-        self.ids = self.ids[len(self.ids) - n_kept :]
-        self._run = None
+            return 0
+        return len(self.ids) - max(0, min(len(self.ids), n_ctx // 2 - n_new))
 
-    def _start(self, whole: np.ndarray, sampling: Sampling, limits: Limits) -> GrowingRun:
-        """Reads what has not been read yet."""
-        n_kept = len(self.ids)
+    def _start(self, whole: np.ndarray, n_kept: int, sampling: Sampling, limits: Limits) -> GrowingRun:
+        """Reads what lies behind the first ``n_kept`` ids."""
         if self._run is None or n_kept == 0:
             run = GrowingRun(
                 self.model, *pad([whole], self.model.config), sampling, limits, jit_compile=self._jit_compile
@@ -208,5 +227,9 @@ class Session:
             run = self._run
             run.extend(n_kept, whole[n_kept:].tolist(), sampling, limits)
             self.n_read += len(whole) - n_kept + 1
-        self._run = run
         return run
+
+
+def reason_of(run: Run, n_new: int, max_new_tokens: int) -> str:
+    """Computes why a run of one row ended."""
+    return "stop" if run.state.stopped[0] else "length" if n_new == max_new_tokens else "context"

@@ -90,7 +90,7 @@ def export_saved_model(
         >>> text.numpy()[0].decode() == generator.generate("To be", max_new_tokens=4)
         True
     """
-    check_counts(version=version, max_new_tokens=max_new_tokens)
+    version, max_new_tokens = check_counts(version=version, max_new_tokens=max_new_tokens)
     if version > MOST_VERSION:
         raise ValueError(f"version must be at most {MOST_VERSION}, which servers count up to, got {version}")
     n_ctx = generator.model.config.n_ctx

@@ -17,8 +17,7 @@ from tf_gpt2.generation.choose import Sampling
 from tf_gpt2.generation.compiled import with_twins
 from tf_gpt2.generation.loop import SMALLEST_BUCKET, Limits, decode, grow, prefill
 from tf_gpt2.generation.scoring import chosen_logprobs
-from tf_gpt2.model.arithmetic import graph
-from tf_gpt2.model.arithmetic import xla as xla_ops
+from tf_gpt2.model.arithmetic import graph, xla as xla_ops
 from tf_gpt2.model.arithmetic.shapes import shape_of
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model

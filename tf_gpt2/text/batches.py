@@ -18,7 +18,8 @@ from tf_gpt2.generation.lookup import check_lookup
 from tf_gpt2.generation.options import RULES, SamplingOptions, check_counts, check_top, make_limits, make_sampling
 from tf_gpt2.generation.prompts import check_overflow, check_prompt
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.text.pieces import check_stops, has_stop, make_completions
+from tf_gpt2.text.options import check_several, check_stops, check_text
+from tf_gpt2.text.pieces import Completion, has_stop, make_completions
 from tf_gpt2.tokenizer.encoder import Encoder
 
 if TYPE_CHECKING:
@@ -59,11 +60,12 @@ def complete_many(
     jit_compile: bool = True,
     prompt_lookup: bool = False,
     **options: Unpack[SamplingOptions],
-) -> Iterator[Any]:
+) -> Iterator[Completion] | Iterator[list[Completion]]:
     """Continues texts, and gives the completions in the order of the prompts.
 
     Prompts are read and computed only as completions are asked for, ``BATCHES_PER_WINDOW`` batches ahead. A list is
-    checked as a whole first, and so are the options; what another iterable gives is checked as it comes.
+    checked as a whole first, and so are the options; what another iterable gives is checked as it comes, and the
+    prompts before a wrong one are completed before its error is raised.
 
     Up to ``batch_size`` prompts make one batch of as many rows. More make batches of exactly ``batch_size`` rows, the
     last one filled up, so that only lengths differ: XLA then compiles at most once per bucket of prompts and once per
@@ -92,15 +94,14 @@ def complete_many(
     """
     check_several("prompts", prompts)
     stops, config = check_stops(stop), model.config
-    n_samples = 1 if num_samples is None else num_samples
-    check_counts(batch_size=batch_size, num_samples=n_samples)
+    batch_size, n_samples = check_counts(batch_size=batch_size, num_samples=1 if num_samples is None else num_samples)
     check_lookup(model, prompt_lookup=prompt_lookup, overflow=overflow, n_top=check_top(top_logprobs, config))
     batch_size = max(1, batch_size // n_samples)
     check_overflow(overflow)
     make_limits([], max_new_tokens, stop_ids, config)
     n_prompts = len(prompts) if isinstance(prompts, Sized) else None
-    each = {name: value for name, value in options.items() if name in RULES and has_values(value)}
-    n_values = next((len(value) for value in each.values()), 1)  # type: ignore[arg-type]
+    each = {name: values_of(value) for name, value in options.items() if name in RULES and has_values(value)}
+    n_values = next(map(len, each.values()), 1)
     make_sampling(n_values if n_prompts is None else n_prompts, config, n_samples, **options)
 
     def read() -> Iterator[Prompt]:
@@ -108,7 +109,7 @@ def complete_many(
             ids = encode_prompt(encoder, check_text(f"prompts[{i}]", text))
             yield Prompt(check_prompt(f"prompts[{i}]", ids, config, overflow=overflow), own)
 
-    def complete(batch: Sequence[Prompt]) -> list[Any]:
+    def complete(batch: Sequence[Prompt]) -> list[Completion] | list[list[Completion]]:
         own: Any = {name: [prompt.options[name] for prompt in batch] for name in each}
         result = generate(
             model,
@@ -123,31 +124,15 @@ def complete_many(
             prompt_lookup=prompt_lookup,
             **{**options, **own},
         )
-        return make_completions(encoder, result, stops, num_samples)
+        return make_completions(encoder, result, stops, None if num_samples is None else n_samples)
 
     read_prompts = iter(list(read())) if isinstance(prompts, Sequence) else read()
     return in_batches(read_prompts, complete, batch_size, n_prompts=n_prompts, progress=progress)
 
 
-def check_several(name: str, texts: Any) -> None:
-    """Refuses what does not give several texts."""
-    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise TypeError(f"{name} must be str in a list or another iterable, got {texts!r}")
-
-
-def check_text(name: str, text: Any) -> str:
-    """Refuses what is no text."""
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be a str, got {text!r}")
-    return text
-
-
-def check_texts(name: str, texts: str | Iterable[str]) -> list[str]:
-    """Gives one text, or several, as a list."""
-    if isinstance(texts, str):
-        return [texts]
-    check_several(name, texts)
-    return [check_text(f"{name}[{i}]", text) for i, text in enumerate(texts)]
+def check_texts(name: str, texts: Iterable[str]) -> list[str]:
+    """Lists several texts."""
+    return [check_text(f"{name}[{i}]", text) for i, text in enumerate(check_several(name, texts))]
 
 
 def in_batches(
@@ -158,13 +143,9 @@ def in_batches(
     n_prompts: int | None,
     progress: bool,
 ) -> Iterator[Any]:
-    """Takes windows of prompts and gives their completions, in order."""
-
-    def next_window() -> list[Prompt]:
-        return list(itertools.islice(prompts, batch_size * BATCHES_PER_WINDOW))
-
-    window = next_window()
-    if not window:
+    """Takes windows of prompts and yields their completions, in order; then raises the error that ended the prompts."""
+    window, error = next_window(prompts, batch_size * BATCHES_PER_WINDOW)
+    if not window and error is None:
         raise ValueError("prompts must be a non-empty list of str, got none")
     n_rows = min(len(window), batch_size)
     hidden = not progress or len(window) <= batch_size
@@ -179,7 +160,22 @@ def in_batches(
                 done.update(zip(places, complete(filled), strict=False))
                 bar.update(len(batch))
             yield from (done.pop(i) for i in range(len(window)))
-            window = next_window()
+            if error is not None:
+                break
+            window, error = next_window(prompts, batch_size * BATCHES_PER_WINDOW)
+    if error is not None:
+        raise error
+
+
+def next_window(prompts: Iterator[Prompt], n_prompts: int) -> tuple[list[Prompt], Exception | None]:
+    """Reads up to so many prompts; returns them, and the error that kept it from reading more."""
+    window: list[Prompt] = []
+    try:
+        for prompt in itertools.islice(prompts, n_prompts):
+            window.append(prompt)  # one by one, to keep them when the next one raises
+    except Exception as error:  # whatever the user's iterable raises
+        return window, error
+    return window, None
 
 
 def places_by_length(window: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
@@ -204,7 +200,12 @@ def zip_options(prompts: Iterable[str], each: Mapping[str, Any]) -> Iterator[tup
 
 def has_values(value: object) -> bool:
     """Says whether an option is a list or an array."""
-    return getattr(value, "ndim", 0) > 0 or (isinstance(value, Sequence) and not isinstance(value, str))
+    return len(getattr(value, "shape", ())) > 0 or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def values_of(values: Any) -> Sequence[Any]:
+    """Lists an option's values, those of an array or a tensor as Python's numbers."""
+    return np.asarray(values).tolist() if hasattr(values, "shape") else values
 
 
 def encode_prompt(encoder: Encoder, text: str) -> list[int]:

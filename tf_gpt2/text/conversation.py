@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from tf_gpt2.generation.session import Session
 from tf_gpt2.text.generator import TextGenerator
-from tf_gpt2.text.pieces import TextPieces, check_stops
+from tf_gpt2.text.options import check_stops, check_text
+from tf_gpt2.text.pieces import TextPieces
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,8 +61,8 @@ class Conversation:
     ) -> Iterator[str]:
         """Appends a text and continues; gives the completion in pieces, each as soon as it is certain.
 
-        Who stops asking for more, or is interrupted, ends the turn there; only what the pieces were made of is
-        remembered, and a stop string with it, which the pieces leave out.
+        Who stops asking for more, or is interrupted, ends the turn there: what the pieces showed is remembered, and no
+        more, but for a stop string, which the pieces leave out. Another turn ends this one, too, and so does ``undo``.
 
         Args:
             text: the user's; ``""`` goes on where the last turn ended, or starts from nothing.
@@ -75,8 +76,7 @@ class Conversation:
             TypeError: when the text is not a str, or an option is unknown.
             ValueError: when an option is out of range.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a str, got {text!r}")
+        check_text("text", text)
         generator, session = self.generator, self.session
         pieces = TextPieces(generator.encoder, check_stops(stop))
         ids = generator.encoder.encode(text) if session.ids else generator.encode_prompt(text)
@@ -86,12 +86,20 @@ class Conversation:
         def texts() -> Iterator[str]:
             self._starts.append(session.n_dropped + len(session.ids))
             for chunk in chunks:
-                n_before = len(session.ids) - len(chunk) - pieces.n_ids
-                if text := pieces.take(chunk):
-                    yield text
+                turn, n_before = session.turn, len(session.ids) - len(chunk) - pieces.n_ids
+                text = pieces.take(chunk)
+                # all is settled before the text is given, as nobody may ask for more
                 if pieces.is_stopped:
-                    session.keep(n_before + pieces.n_ids)
+                    session.show(n_before + pieces.n_ids)
                     session.finish_reason = "stop"
+                elif session.finish_reason is not None:
+                    text += pieces.close()
+                else:
+                    n_given, rest = pieces.given()
+                    session.show(n_before + n_given, generator.encoder.encode(rest))
+                if text:
+                    yield text
+                if pieces.is_stopped or turn != session.turn:
                     return
             if text := pieces.close():
                 yield text
@@ -99,7 +107,10 @@ class Conversation:
         return texts()
 
     def undo(self) -> bool:
-        """Forgets the last turn; says whether there was one that is remembered whole."""
+        """Forgets the last turn that left anything; says whether there was one that is remembered whole."""
+        n_written = self.session.n_dropped + len(self.session.ids)
+        while self._starts and self._starts[-1] >= n_written:  # interrupted before it was read
+            self._starts.pop()
         if not self._starts or self._starts[-1] < self.session.n_dropped:
             return False
         self.session.keep(self._starts.pop() - self.session.n_dropped)

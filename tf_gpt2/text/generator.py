@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from tf_gpt2.checkpoint.load import find_folder, read_encoder_and_config
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.generate import stream, warm_up
 from tf_gpt2.generation.options import SamplingOptions, check_names
-from tf_gpt2.generation.scoring import Progress, score
+from tf_gpt2.generation.scoring import Progress, Score, score
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.text.batches import check_text, check_texts, complete_many, encode_prompt
+from tf_gpt2.text.batches import check_texts, complete_many, encode_prompt
+from tf_gpt2.text.options import BeamOptions, CompletionOptions, check_stops, check_text
 from tf_gpt2.text.perplexity import Perplexity, measure_perplexity
-from tf_gpt2.text.pieces import TextPieces, check_stops, texts_of
+from tf_gpt2.text.pieces import Completion, TextPieces, texts_of
 from tf_gpt2.tokenizer.encoder import Encoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Answer = TypeVar("Answer")
 
 DTYPES = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
 """What each name means for ``GPT2Model``."""
@@ -86,33 +89,84 @@ class TextGenerator:
         check_dtype(dtype)  # before a download
         return cls.from_checkpoint(find_folder(model, models_dir), dtype=dtype)
 
-    def generate(self, prompts: str | Iterable[str], **options: Any) -> Any:
-        """Continues a text, or any number of texts; gives the new text only.
+    # a str is an iterable of str, too: the first overload that fits counts
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, *, num_samples: None = None, **options: Unpack[CompletionOptions]
+    ) -> str: ...
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, *, num_samples: int, **options: Unpack[CompletionOptions]
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompts: Iterable[str], *, num_samples: None = None, **options: Unpack[CompletionOptions]
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompts: Iterable[str], *, num_samples: int, **options: Unpack[CompletionOptions]
+    ) -> list[list[str]]: ...
+    def generate(
+        self, prompts: str | Iterable[str], *, num_samples: int | None = None, **options: Unpack[CompletionOptions]
+    ) -> str | Sequence[str | list[str]]:
+        """Continues a text, or any number of texts; returns the new text only.
 
         Args:
             prompts: one str, or several: a list, or what gives one after the other, such as a generator.
-            **options: as for ``complete``: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop``, …
+            num_samples: how many texts per prompt.
+            **options: as for ``complete_many``: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop``, …
 
         Returns:
             A str for a str, a list of str for several; with ``num_samples`` a list of str in each str's place.
         """
-        if isinstance(prompts, str):
-            return texts_of(self.complete(prompts, **options))
-        return [texts_of(one) for one in self.complete_many(prompts, **options)]
+        return answer(
+            prompts, lambda several: map(texts_of, self.complete_many(several, num_samples=num_samples, **options))
+        )
 
-    def complete(self, prompts: str | Iterable[str], **options: Any) -> Any:
+    @overload
+    def complete(  # type: ignore[overload-overlap]
+        self, prompts: str, *, num_samples: None = None, **options: Unpack[CompletionOptions]
+    ) -> Completion: ...
+    @overload
+    def complete(  # type: ignore[overload-overlap]
+        self, prompts: str, *, num_samples: int, **options: Unpack[CompletionOptions]
+    ) -> list[Completion]: ...
+    @overload
+    def complete(
+        self, prompts: Iterable[str], *, num_samples: None = None, **options: Unpack[CompletionOptions]
+    ) -> list[Completion]: ...
+    @overload
+    def complete(
+        self, prompts: Iterable[str], *, num_samples: int, **options: Unpack[CompletionOptions]
+    ) -> list[list[Completion]]: ...
+    def complete(
+        self, prompts: str | Iterable[str], *, num_samples: int | None = None, **options: Unpack[CompletionOptions]
+    ) -> Completion | Sequence[Completion | list[Completion]]:
         """Continues a text, or any number of texts, and says how: ids, log-probabilities, why it ended, durations.
 
         Args:
             prompts: one str, or several.
-            **options: as for ``complete_many``, which says what is refused, too.
+            num_samples: how many texts per prompt.
+            **options: as for ``complete_many``, whose errors are raised here, too.
 
         Returns:
-            A ``Completion`` for a str, a list of them for several.
+            A ``Completion`` for a str, a list of them for several; with ``num_samples`` a list of them in each str's
+            place.
         """
-        completions = list(self.complete_many([prompts] if isinstance(prompts, str) else prompts, **options))
-        return completions[0] if isinstance(prompts, str) else completions
+        return answer(prompts, lambda several: self.complete_many(several, num_samples=num_samples, **options))
 
+    @overload
+    def complete_many(
+        self, prompts: Iterable[str], *, num_samples: None = None, **options: Unpack[CompletionOptions]
+    ) -> Iterator[Completion]: ...
+    @overload
+    def complete_many(
+        self, prompts: Iterable[str], *, num_samples: int, **options: Unpack[CompletionOptions]
+    ) -> Iterator[list[Completion]]: ...
+    @overload
+    def complete_many(
+        self, prompts: Iterable[str], *, num_samples: int | None, **options: Unpack[CompletionOptions]
+    ) -> Iterator[Completion] | Iterator[list[Completion]]: ...
     def complete_many(
         self,
         prompts: Iterable[str],
@@ -128,12 +182,13 @@ class TextGenerator:
         jit_compile: bool = True,
         prompt_lookup: bool = False,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[Any]:
+    ) -> Iterator[Completion] | Iterator[list[Completion]]:
         """Continues any number of texts, and gives the completions in the order of the prompts, as they are done.
 
         Text from nothing (``""``) starts after ``<|endoftext|>``, as between two documents of the training text.
 
-        A list is checked as a whole first; what another iterable gives is read as it is needed, some batches ahead.
+        A list is checked as a whole first; what another iterable gives is read as it is needed, some batches ahead, and
+        what comes before a wrong prompt is completed before its error is raised.
         Memory does not grow with the number of prompts. A text does not depend on how the batches are cut.
 
         Args:
@@ -184,7 +239,10 @@ class TextGenerator:
         max_new_tokens: int = 40,
         stop: str | Sequence[str] = (),
         stop_at_end_of_text: bool = True,
-        **options: Any,
+        overflow: str = "error",
+        jit_compile: bool = True,
+        prompt_lookup: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Continues a text, and gives the new text in pieces, each as soon as it is certain.
 
@@ -195,7 +253,10 @@ class TextGenerator:
             max_new_tokens: as for ``complete``, like all that follows.
             stop: strings that end the text.
             stop_at_end_of_text: whether ``<|endoftext|>`` ends it.
-            **options: ``overflow``, ``prompt_lookup``, ``jit_compile``, and how to choose.
+            overflow: what to do with a text that is too long for the window.
+            jit_compile: whether XLA compiles the loop.
+            prompt_lookup: whether to guess the next tokens from the text so far.
+            **options: how to choose.
 
         Raises:
             ContextLengthError: as ``complete``, and at once, like the other errors.
@@ -209,20 +270,31 @@ class TextGenerator:
             True
         """
         check_text("prompt", prompt)
-        check_names(options, self.stream, stream, without=["stop_ids"])
+        check_names(options, self.stream)
         pieces = TextPieces(self.encoder, check_stops(stop))
         chunks = stream(
             self.model,
             self.encode_prompt(prompt),
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids(stop_at_end_of_text),
+            overflow=overflow,
+            jit_compile=jit_compile,
+            prompt_lookup=prompt_lookup,
             **options,
         )
         return pieces.texts(chunks)
 
+    @overload
+    def beam_search(  # type: ignore[overload-overlap]
+        self, prompts: str, *, stop_at_end_of_text: bool = True, **options: Unpack[BeamOptions]
+    ) -> list[tuple[str, float]]: ...
+    @overload
     def beam_search(
-        self, prompts: str | Sequence[str], *, stop_at_end_of_text: bool = True, **options: Any
-    ) -> list[Any]:
+        self, prompts: Iterable[str], *, stop_at_end_of_text: bool = True, **options: Unpack[BeamOptions]
+    ) -> list[list[tuple[str, float]]]: ...
+    def beam_search(
+        self, prompts: str | Iterable[str], *, stop_at_end_of_text: bool = True, **options: Unpack[BeamOptions]
+    ) -> Sequence[tuple[str, float] | list[tuple[str, float]]]:
         """Continues a text, or each text of a list, in the likeliest ways that beam search finds.
 
         Args:
@@ -238,13 +310,14 @@ class TextGenerator:
             TypeError: when a prompt is not a str, or an option is unknown.
             ValueError: when an option is out of range.
         """
-        rows = [self.encode_prompt(text) for text in check_texts("prompts", prompts)]
-        result = beam_search(self.model, rows, stop_ids=self.stop_ids(stop_at_end_of_text), **options)
-        found = [
-            list(zip(map(self.encoder.decode, best), scores, strict=True))
-            for best, scores in zip(result.ids, result.scores, strict=True)
-        ]
-        return found[0] if isinstance(prompts, str) else found
+
+        def search(several: Iterable[str]) -> Iterator[list[tuple[str, float]]]:
+            rows = [self.encode_prompt(text) for text in check_texts("prompts", several)]
+            result = beam_search(self.model, rows, stop_ids=self.stop_ids(stop_at_end_of_text), **options)
+            for ids, scores in zip(result.ids, result.scores, strict=True):
+                yield list(zip(map(self.encoder.decode, ids), scores, strict=True))
+
+        return answer(prompts, search)
 
     def stop_ids(self, stop_at_end_of_text: bool) -> list[int]:
         """Gives the ids that end a text."""
@@ -269,8 +342,18 @@ class TextGenerator:
         """Gives a prompt's ids, ``<|endoftext|>`` for an empty one."""
         return encode_prompt(self.encoder, text)
 
-    def score(self, texts: str | Sequence[str], *, after_end_of_text: bool = True, jit_compile: bool = True) -> Any:
-        """Says how likely the model finds a text, or each text of a list.
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self, texts: str, *, after_end_of_text: bool = True, jit_compile: bool = True
+    ) -> Score: ...
+    @overload
+    def score(
+        self, texts: Iterable[str], *, after_end_of_text: bool = True, jit_compile: bool = True
+    ) -> list[Score]: ...
+    def score(
+        self, texts: str | Iterable[str], *, after_end_of_text: bool = True, jit_compile: bool = True
+    ) -> Score | Sequence[Score]:
+        """Computes how likely the model finds a text, or each text of a list.
 
         Args:
             texts: one str, or several, each of up to ``n_ctx`` tokens.
@@ -296,9 +379,12 @@ class TextGenerator:
         start_id = self.encoder.end_of_text if after_end_of_text else None
         if after_end_of_text and start_id is None:
             raise ValueError("after_end_of_text must be False: this vocabulary has no <|endoftext|>")
-        rows = self.encoder.encode_batch(check_texts("texts", texts))
-        scores = score(self.model, rows, start_id=start_id, jit_compile=jit_compile)
-        return scores[0] if isinstance(texts, str) else scores
+
+        def score_all(several: Iterable[str]) -> list[Score]:
+            rows = self.encoder.encode_batch(check_texts("texts", several))
+            return score(self.model, rows, start_id=start_id, jit_compile=jit_compile)
+
+        return answer(texts, score_all)
 
     def perplexity(
         self, text: str, *, stride: int | None = None, jit_compile: bool = True, on_progress: Progress | None = None
@@ -339,3 +425,11 @@ def check_dtype(dtype: str) -> None:
     """Raises ValueError unless ``dtype`` is one of ``DTYPES``."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def answer(texts: str | Iterable[str], several: Callable[[Iterable[str]], Iterable[Answer]]) -> Answer | list[Answer]:
+    """Answers for several texts; for one str as for a list of it, whose only answer it returns."""
+    if isinstance(texts, str):
+        (only,) = several([texts])
+        return only
+    return list(several(texts))

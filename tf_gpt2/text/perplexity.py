@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from tf_gpt2.generation.options import check_stride
 from tf_gpt2.generation.scoring import Progress, sliding_logprobs
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.text.options import check_text
 from tf_gpt2.tokenizer.encoder import Encoder
 
 LARGEST_EXPONENT = 709.0
@@ -76,8 +78,8 @@ def measure_perplexity(
 ) -> Perplexity:
     """Scores a text; arguments and errors as for ``TextGenerator.perplexity``."""
     n_ctx = model.config.n_ctx
-    stride = max(1, n_ctx // 2) if stride is None else stride
-    ids = encoder.encode(text)
+    stride = max(1, n_ctx // 2) if stride is None else check_stride(stride, model.config)
+    ids = encoder.encode(check_text("text", text))
     logprobs = sliding_logprobs(model, ids, stride=stride, jit_compile=jit_compile, on_progress=on_progress)
     return Perplexity(
         n_tokens=len(ids),

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from tf_gpt2.generation.result import GenerationResult, Timings
 from tf_gpt2.tokenizer.encoder import Encoder
+
+UNKNOWN = sys.maxsize
+"""Where the text of an id ends that ends inside a character."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Completion:
 
 def make_completions(
     encoder: Encoder, result: GenerationResult, stops: Sequence[str], num_samples: int | None
-) -> list[Any]:
+) -> list[Completion] | list[list[Completion]]:
     """Makes the text of each prompt, or, where a number of samples was asked for, the list of its texts."""
     rows = [make_completion(encoder, result, row, stops) for row in range(len(result.ids))]
     if num_samples is None:
@@ -49,20 +52,20 @@ def make_completions(
     return [rows[start : start + num_samples] for start in range(0, len(rows), num_samples)]
 
 
-def texts_of(completions: Any) -> Any:
-    """Gives the text of a completion, or those of a list, or those of a list of lists."""
-    return completions.text if isinstance(completions, Completion) else [texts_of(one) for one in completions]
+def texts_of(completions: Completion | list[Completion]) -> str | list[str]:
+    """Returns the text of a prompt's completion, or those of its samples."""
+    return completions.text if isinstance(completions, Completion) else [one.text for one in completions]
 
 
 def make_completion(encoder: Encoder, result: GenerationResult, row: int, stops: Sequence[str]) -> Completion:
-    """Makes one row's text, which ends at a stop string."""
+    """Makes one row's text, which ends at a stop string; the result knows already why it ends."""
     pieces = TextPieces(encoder, stops)
     text = pieces.take(result.ids[row]) + pieces.close()
     return Completion(
         text=text,
         ids=result.ids[row][: pieces.n_ids],
         logprobs=result.logprobs[row][: pieces.n_ids],
-        finish_reason="stop" if pieces.is_stopped else result.finish_reasons[row],
+        finish_reason=result.finish_reasons[row],
         top_logprobs=result.top_logprobs[row][: pieces.n_ids],
         timings=result.timings,
         n_truncated=result.n_truncated[row],
@@ -105,6 +108,8 @@ class TextPieces:
         self._stops = stops
         self._decoder = codecs.getincrementaldecoder("utf-8")(encoder.errors)
         self._held = ""
+        self._given = ""
+        self._ends: list[int] = []
 
     def take(self, ids: Iterable[int]) -> str:
         """Gives the text that is certain now and was not before; ids behind a stop string are left alone."""
@@ -113,7 +118,10 @@ class TextPieces:
             if self.is_stopped:
                 break
             self.n_ids += 1
-            text += self._certain(self._decoder.decode(self._encoder.decode_bytes([token_id])))
+            decoded = self._decoder.decode(self._encoder.decode_bytes([token_id]))
+            text += self._certain(decoded)
+            is_whole = not self._decoder.getstate()[0]  # no half character waits for more bytes
+            self._ends.append(len(self._given) + len(self._held) if is_whole else UNKNOWN)
         return text
 
     def close(self) -> str:
@@ -122,7 +130,16 @@ class TextPieces:
             return ""
         text = self._certain(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
+        self._given += held
         return text + held
+
+    def given(self) -> tuple[int, str]:
+        """Returns how many ids have given all their text, and the text that was given of those behind them."""
+        n_ids, n_chars = 0, 0
+        for i, end in enumerate(self._ends):
+            if end <= len(self._given):
+                n_ids, n_chars = i + 1, end
+        return n_ids, self._given[n_chars:]
 
     def texts(self, chunks: Iterable[Iterable[int]]) -> Iterator[str]:
         """Gives the pieces of text, none of them empty, of ids that come several at a time."""
@@ -142,6 +159,7 @@ class TextPieces:
         else:
             end = len(self._held) - held_back(self._held, self._stops)
         certain, self._held = self._held[:end], "" if self.is_stopped else self._held[end:]
+        self._given += certain
         return certain
 
 
@@ -154,18 +172,3 @@ def find_stop(text: str, stops: Iterable[str]) -> int | None:
 def held_back(text: str, stops: Iterable[str]) -> int:
     """Gives the length of the longest end of a text that a stop string could begin with."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-
-
-def check_stops(stop: str | Sequence[str]) -> list[str]:
-    """Gives stop strings as a list.
-
-    Raises:
-        TypeError: when they are not strings.
-        ValueError: when one is empty.
-    """
-    stops: list[Any] = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes)) else [stop]
-    if not all(isinstance(one, str) for one in stops):
-        raise TypeError(f"stop must be a str or a list of str, got {stop!r}")
-    if "" in stops:
-        raise ValueError(f"stop must have no empty string, got {stop!r}")
-    return stops
