@@ -383,9 +383,9 @@ SMALL_INTEGERS = [
 @pytest.mark.parametrize("make", SMALL_INTEGERS)
 def test_counts_may_be_integers_of_any_type(many, make):
     prompts = texts(70)
-    expected = many(prompts, batch_size=32, top_logprobs=7, num_samples=2, max_new_tokens=2)
+    expected = many(prompts, batch_size=64, top_logprobs=7, num_samples=2, max_new_tokens=2)
     found = many(
-        prompts, batch_size=make(32), top_logprobs=make(7), num_samples=make(2), max_new_tokens=make(2), top_k=make(0)
+        prompts, batch_size=make(64), top_logprobs=make(7), num_samples=make(2), max_new_tokens=make(2), top_k=make(0)
     )
     assert [[one.top_logprobs for one in samples] for samples in found] == [
         [one.top_logprobs for one in samples] for samples in expected
