@@ -1,4 +1,4 @@
-"""The model as a citizen of Keras and TensorFlow: checkpoints of training, what is frozen, several devices, id types."""
+"""The model among Keras and TensorFlow: id types, training checkpoints, what is frozen, several devices."""
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ def compiled(model, **options):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int64", "uint64"])
+@pytest.mark.parametrize("dtype", ["uint8", "int64"])
 def test_any_integer_type_of_ids_is_what_int32_is(dtype, jit_compile):
     """256 tokens: in 8 bits the size of the vocabulary is none."""
     losses = [
@@ -40,7 +40,7 @@ def test_any_integer_type_of_ids_is_what_int32_is(dtype, jit_compile):
     assert np.isfinite(losses).all()
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64"])
 def test_ids_of_any_type_in_each_kind_of_call(dtype):
     model, ids = make_model(), IDS.astype(dtype)
     inputs = keras.Input((None,), dtype=dtype)
@@ -130,7 +130,8 @@ def test_what_is_frozen_stays_frozen(freeze, tmp_path):
         assert other.blocks[0].trainable == model.blocks[0].trainable
     assert len(loaded.optimizer.variables) == len(model.optimizer.variables)
     np.testing.assert_array_equal(loaded(IDS), model(IDS))
-    loaded.trainable = True
+    loaded.trainable = False
+    loaded.trainable = True  # all of it again
     assert len(loaded.trainable_variables) == len(loaded.variables)
 
 

@@ -130,8 +130,8 @@ def test_a_policy_is_honoured(name, policy, variables, compute):
     y = layer(x)
     assert y.dtype == compute
     assert {weight.dtype for weight in layer.weights} == {variables}
-    # bfloat16 rounds by up to 2**-9; some rounding errors add up
-    assert largest_error(y, expected(name, x)) < (2e-6 if compute == "float32" else 2**-6)
+    # bfloat16 rounds by up to 2**-9; some rounding errors add up, more of them on a processor without bfloat16 units
+    assert largest_error(y, expected(name, x)) < (2e-6 if compute == "float32" else 2**-5)
 
 
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
