@@ -1,4 +1,4 @@
-"""Renews what documents quote: help texts, measurements, modules, layers. ``--check`` only tells what is out of date."""
+"""Renews what documents quote: help texts, measurements, modules. ``--check`` only tells what is out of date."""
 
 from __future__ import annotations
 
