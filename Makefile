@@ -8,8 +8,11 @@ BIN := .venv/bin
 # two at a time: each test is mostly one thread, and each process has TensorFlow's gigabyte; a process without work takes
 # half of what the other has still to do, so files and what they set up stay together until the end
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations=25
-# compile nothing, or next to nothing
-QUICK := @QUICK@
+# these compile nothing, or next to nothing
+QUICK := tests/test_config.py tests/checkpoint tests/tokenizer/test_encoder.py tests/text/test_pieces.py \
+  tests/model/test_arithmetic.py tests/model/test_param_tree.py \
+  $(addprefix tests/test_docs.py::test_, commands_of_the_readme_exist links_lead_somewhere functions_are_where_documents_say \
+    quoted_tables_and_help_texts_are_current)
 SETUP := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
