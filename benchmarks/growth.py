@@ -28,11 +28,13 @@ from benchmarks.report import start_report, store
 from tf_gpt2 import GPT2Model
 from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.config import SIZES, GPT2Config
-from tf_gpt2.generation.loop import bucket, grow
+from tf_gpt2.generation.compiled import compiled, compiled_for
+from tf_gpt2.generation.loop import bucket, decode, grow, prefill
 from tf_gpt2.generation.options import make_limits, make_sampling
 from tf_gpt2.generation.prompts import pad
-from tf_gpt2.generation.run import CompiledLoop
-from tf_gpt2.model.layers import CausalSelfAttention
+from tf_gpt2.model import formulas
+from tf_gpt2.model.arithmetic import xla
+from tf_gpt2.model.formulas import KeyValues, Past, Weights
 from tf_gpt2.text.generator import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
@@ -89,42 +91,38 @@ def timed_steps(model: GPT2Model, batch: int, context: int, part: str = "nothing
     rows = [np.arange(context - STEPS, dtype=np.int32) % model.config.n_vocab] * batch
     sampling = make_sampling(batch, model.config)
     limits = make_limits(rows, STEPS, (), model.config)
+    state = compiled(prefill, model, jit_compile=True)(*pad(rows, model.config))
+    state = grow(state, bucket(context, model.config.n_ctx))
     with PARTS[part]():
-        loop = CompiledLoop(model, jit_compile=True)
-        state = grow(loop.prefill(*pad(rows, model.config), sampling, limits), bucket(context, model.config.n_ctx))
-        loop.decode(state, sampling, limits, tf.constant(1))
+        compiled_for.cache_clear()  # what was compiled for the other parts stays with those that time it
+        go_on = compiled(decode, model, jit_compile=True, n_rows=batch)
+        go_on(state, sampling, limits, tf.constant(1))
 
     def run() -> float:
         start = time.perf_counter()
-        loop.decode(state, sampling, limits, tf.constant(STEPS)).lengths.numpy()
+        go_on(state, sampling, limits, tf.constant(STEPS)).lengths.numpy()
         return (time.perf_counter() - start) / (STEPS - 1)
 
-    run.loop = loop  # type: ignore[attr-defined]  # keeps what is compiled
     return run
 
 
 def without_products() -> contextlib.AbstractContextManager[Any]:
     """Takes products for copies of the input's first number."""
 
-    def cheap(x: tf.Tensor, w: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Tensor:
-        return tf.repeat(x[..., :1], w.shape[0], axis=-1)
+    def cheap(x: tf.Tensor, w: Any) -> tf.Tensor:
+        return tf.repeat(x[..., :1], w.value.shape[0], axis=-1)
 
-    stack = contextlib.ExitStack()
-    for module in ("layers", "gpt2"):
-        stack.enter_context(mock.patch(f"tf_gpt2.model.{module}.product", cheap))
-    return stack
+    return mock.patch.object(xla, "product", cheap)
 
 
 def without_attention() -> contextlib.AbstractContextManager[Any]:
     """Takes attention for the sum of query, key and value, which leaves the cache alone."""
 
-    def call(self: CausalSelfAttention, x: tf.Tensor, cache: Any = None, training: bool | None = None) -> tf.Tensor:
-        q, k, v = tf.split(self.c_attn(x), 3, axis=-1)
-        if x.shape[1] > 1:
-            cache.update(self.split_heads(k), self.split_heads(v))
-        return self.c_proj(q + k + v)
+    def attention(x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: Any) -> tuple[tf.Tensor, KeyValues]:
+        q, k, v = tf.split(formulas.linear(x, w["c_attn"], ops=ops), 3, axis=-1)
+        return formulas.linear(q + k + v, w["c_proj"], ops=ops), KeyValues(past.keys, past.values)
 
-    return mock.patch.object(CausalSelfAttention, "call", call)
+    return mock.patch.object(formulas, "attention", attention)
 
 
 def without_choosing() -> contextlib.AbstractContextManager[Any]:

@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from counting import count_traces
 
 from tf_gpt2 import GPT2Model, beam_search, cli, generate
-from tf_gpt2.generation.beam import beam_loop_of
+from tf_gpt2.generation import beam, loop
 from tf_gpt2.generation.options import RULES, SamplingOptions
-from tf_gpt2.generation.run import loop_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
@@ -42,12 +42,12 @@ def test_all_options_are_in_the_table_with_their_defaults():
 def traces(odd_config):
     """Gives ``traces(**options)``: how many functions a call compiles anew; a plain graph, as traces are the same."""
     model = GPT2Model(odd_config)
-    loops = [loop_of(model, jit_compile=False), beam_loop_of(model, jit_compile=False)]
+    functions = (loop.prefill, loop.decode, beam.prefill, beam.decode)
 
     def count(prompts=((1, 2, 3),), max_new_tokens=5, function=generate, **options):
-        before = sum(loop.n_traces for loop in loops)
+        before = count_traces(model, *functions)
         function(model, prompts, max_new_tokens=max_new_tokens, jit_compile=False, **options)
-        return sum(loop.n_traces for loop in loops) - before
+        return count_traces(model, *functions) - before
 
     count()
     return count

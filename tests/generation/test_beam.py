@@ -11,11 +11,13 @@ import weakref
 import numpy as np
 import pytest
 import reference
+from counting import count_traces
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.generation.beam import BeamSearchResult, beam_loop_of, beam_search
+from tf_gpt2.generation.beam import BeamSearchResult, beam_search, decode, prefill
+from tf_gpt2.generation.compiled import compiled_for
 from tf_gpt2.generation.generate import generate
 from tf_gpt2.model.gpt2 import GPT2Model
 
@@ -266,16 +268,16 @@ def test_a_growing_cache_changes_nothing(monkeypatch):
     monkeypatch.setattr("tf_gpt2.generation.loop.SMALLEST_BUCKET", 3)
     monkeypatch.setattr("tf_gpt2.generation.loop.SMALLEST_GROWING", 3)
     monkeypatch.setattr("tf_gpt2.generation.loop.GROWTH", 2)
+    compiled_for.cache_clear()
     for prompts, n_traces in ((PROMPTS[:1], 1 + len([6, 12, 20])), (PROMPTS, 6)):
         result = beam_search(model, prompts, **options, jit_compile=False)
         assert_found(result, wanted[: len(prompts)])
-        assert beam_loop_of(model, jit_compile=False).n_traces == n_traces
+        assert count_traces(model, prefill, decode) == n_traces
 
 
 def test_knobs_compile_nothing(model, run):
-    loop = beam_loop_of(model, jit_compile=False)
     run(**OPTIONS)
-    n_traces = loop.n_traces
+    n_traces = count_traces(model, prefill, decode)
     for options in (
         {"length_penalty": -3},
         {"early_stopping": True},
@@ -288,15 +290,13 @@ def test_knobs_compile_nothing(model, run):
         {"prompts": [[1] * 16, [2], [3, 4]]},
     ):
         run(**{**OPTIONS, **options})
-    assert loop.n_traces == n_traces
+    assert count_traces(model, prefill, decode) == n_traces
     run(**{**OPTIONS, "num_beams": 6})
-    assert loop.n_traces == n_traces + 2
+    assert count_traces(model, prefill, decode) == n_traces + 2
 
 
-def test_a_search_belongs_to_its_model_and_a_model_can_be_freed():
+def test_a_model_that_was_searched_can_be_freed():
     model = make_model(GPT2Config(n_vocab=5, n_ctx=4, n_embd=2, n_head=1, n_layer=1))
-    assert beam_loop_of(model, jit_compile=False) is beam_loop_of(model, jit_compile=False)
-    assert beam_loop_of(model, jit_compile=False) is not beam_loop_of(model, jit_compile=True)
     beam_search(model, [[1]], jit_compile=False)
     freed = weakref.ref(model)
     del model

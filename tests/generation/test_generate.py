@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import reference
+from counting import count_traces
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError, GPT2Error
+from tf_gpt2.generation.compiled import compiled_for
 from tf_gpt2.generation.generate import generate
 from tf_gpt2.generation.result import GenerationResult
-from tf_gpt2.generation.run import loop_of
 from tf_gpt2.model.gpt2 import GPT2Model
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], list(range(20, 36))]
@@ -305,8 +306,7 @@ def test_smallest_models():
 
 
 def test_knobs_compile_nothing(run, odd_model, greedy):
-    loop, longer = loop_of(odd_model, jit_compile=True), list(range(2, 10))
-    n_traces = loop.n_traces
+    longer, n_traces = list(range(2, 10)), count_traces(odd_model, jit_compile=True)
     for options in (
         SAMPLED,
         MIXED,
@@ -324,15 +324,15 @@ def test_knobs_compile_nothing(run, odd_model, greedy):
         {"prompts": [[1] * 16, longer, [2]]},
     ):
         run(**options)
-    assert loop.n_traces == n_traces
+    assert count_traces(odd_model, jit_compile=True) == n_traces
 
 
 def test_other_buckets_compile_once(odd_config, odd_params):
-    model = GPT2Model(odd_config)
-    counts = []
+    model, counts = GPT2Model(odd_config), []
+    compiled_for.cache_clear()
     for prompt, n in (([1], 5), ([1, 2], 5), ([1], 20), ([1] * 16, 16), ([1] * 17, 5), ([1] * 20, 9), ([1], 5)):
         generate(model, [prompt], max_new_tokens=n, jit_compile=False)
-        counts.append(loop_of(model, jit_compile=False).n_traces)
+        counts.append(count_traces(model))
     assert counts == [2, 2, 3, 3, 4, 4, 4]
 
 

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+from counting import count_traces
 from hypothesis import given, settings, strategies as st
 from reference import lively_params
-from tf_gpt2.generation.transposed import transposed_of
 
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.generation import lookup, lookup_run
+from tf_gpt2.generation import lookup
+from tf_gpt2.generation.compiled import compiled, compiled_for
 from tf_gpt2.generation.generate import generate, make_limits, make_sampling, stream
-from tf_gpt2.generation.lookup import LookupLoop, LookupRun, find_drafts, lookup_loop_of
-from tf_gpt2.generation.loop import feed_several, grow, prefill
-from tf_gpt2.generation.run import CompiledLoop
+from tf_gpt2.generation.lookup import LookupRun, decode, decode_until_drafts_pay, find_drafts
+from tf_gpt2.generation.loop import grow, prefill
+from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.network import network_of
 from tf_gpt2.text.generator import TextGenerator
 
 CONFIG = GPT2Config(n_vocab=23, n_ctx=72, n_embd=12, n_head=3, n_layer=2)
@@ -37,7 +39,7 @@ def repetitive_params(seed=0, config=CONFIG):
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
     """Uses look-up for the small models here too."""
-    monkeypatch.setattr(lookup_run, "SMALLEST", 0)
+    monkeypatch.setattr(lookup, "SMALLEST", 0)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,11 @@ def eager_to_check(monkeypatch):
     def is_found(now, limits):
         return tf.reduce_any(lookup.is_active(now.state, limits) & now.is_found)
 
-    monkeypatch.setattr(lookup, "pays", is_found)
-    monkeypatch.setattr(lookup, "pays_with_copy", is_found)
+    monkeypatch.setattr(lookup, "drafts_pay", is_found)
+    monkeypatch.setattr(lookup, "drafts_pay_with_twins", is_found)
+    compiled_for.cache_clear()
+    yield
+    compiled_for.cache_clear()
 
 
 def assert_same(found, wanted):
@@ -90,17 +95,18 @@ def test_several_tokens_at_once_are_a_plain_forward_pass(policy, n_fed):
     model.set_weights(lively_params(config))
     rng = np.random.default_rng(0)
     rows, lengths = rng.integers(0, 37, (3, 16)).astype(np.int32), np.array([1, 4, 8], np.int32)
-    state = grow(prefill(model, tf.constant(rows[:, :8]), tf.constant(lengths)), 18)
+    network = network_of(model, plain)
+    state = grow(prefill(network, tf.constant(rows[:, :8]), tf.constant(lengths)), 18)
     # what is left at later positions, as from drafts that were wrong, must not be seen
-    keys = [tf.where(np.arange(18)[:, None] < np.repeat(lengths, 5)[:, None, None], k, 1e3) for k in state.keys]
+    is_known = np.arange(18)[:, None] < np.repeat(lengths, 5)[:, None, None]
+    cache = tf.nest.map_structure(lambda part: tf.where(is_known, part, 1e3), state.cache)
     for _ in range(2):
         positions = lengths[:, None] + np.arange(n_fed, dtype=np.int32)
         ids = np.take_along_axis(rows, positions, axis=1)
-        hidden, cache = feed_several(model, tf.constant(ids), tf.constant(positions), keys, state.values)
-        keys, state = [x.keys for x in cache], state._replace(values=[x.values for x in cache])
+        hidden, cache = network.hidden_states(tf.constant(ids), tf.constant(positions), cache)
         for row, length in enumerate(lengths):
-            plain = reference.forward(model.get_params(), rows[row, : length + n_fed], n_head=5)[length:]
-            np.testing.assert_allclose(model.logits(hidden)[row], plain, atol=1e-5 * np.abs(plain).max())
+            wanted = reference.forward(model.get_params(), rows[row, : length + n_fed], n_head=5)[length:]
+            np.testing.assert_allclose(network.logits(hidden)[row], wanted, atol=1e-5 * np.abs(wanted).max())
         lengths = lengths + n_fed
         if lengths.max() + n_fed > 16:
             break
@@ -181,9 +187,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["plain graph", "xla"])
-def test_look_up_changes_nothing(options, jit_compile, model, eager_to_check, monkeypatch, runs):
+def test_look_up_changes_nothing(options, jit_compile, model, eager_to_check, runs):
     """Each draft is checked, so that most are rejected, and all rows accept another number of tokens."""
-    monkeypatch.setattr(lookup_run, "lookup_loop_of", lookup_loop_of_tests)
     for max_new_tokens in (1, 57, 100):
         arguments = {"max_new_tokens": max_new_tokens, "jit_compile": jit_compile, **options}
         wanted = generate(model, PROMPTS, **arguments)
@@ -191,12 +196,6 @@ def test_look_up_changes_nothing(options, jit_compile, model, eager_to_check, mo
     if options == {}:
         assert runs[-1].n_passes < 60
         assert set(wanted.finish_reasons) == {"context"}
-
-
-@lookup_run.once_per_model
-def lookup_loop_of_tests(model, *, jit_compile):
-    """Loops that were traced while each draft is checked."""
-    return LookupLoop(model, jit_compile=jit_compile)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -233,7 +232,7 @@ def test_a_batch_waits_for_its_slowest_row(model, odd_model, runs):
     assert runs[-1].n_passes == 40
 
 
-def test_a_growing_cache_changes_nothing(model, monkeypatch, runs):
+def test_a_growing_cache_changes_nothing(model, monkeypatch):
     for name, value in {"SMALLEST_BUCKET": 20, "SMALLEST_GROWING": 20, "GROWTH": 2}.items():
         monkeypatch.setattr(f"tf_gpt2.generation.loop.{name}", value)
     options = {"max_new_tokens": 66, "jit_compile": False}
@@ -275,11 +274,12 @@ def test_with_trained_weights_the_texts_are_equal_or_part_at_a_tie(runs):
 
 def test_new_weights_count_at_once(runs):
     model = GPT2Model(CONFIG)
+    compiled_for.cache_clear()
     for seed in (3, 4):
         model.set_weights(repetitive_params(seed))
         wanted = generate(model, PROMPTS[:1], max_new_tokens=60)
         assert_same(generate(model, PROMPTS[:1], max_new_tokens=60, prompt_lookup=True), wanted)
-    assert lookup_loop_of(model, jit_compile=True).n_traces <= 3
+    assert count_traces(model, decode, decode_until_drafts_pay, jit_compile=True) <= 3
 
 
 def test_the_loops_copy_neither_cache_nor_weight():
@@ -287,10 +287,10 @@ def test_the_loops_copy_neither_cache_nor_weight():
     model = GPT2Model(config)
     sampling, limits = make_sampling(1, config), make_limits([np.ones(4)], 36, (), config)
     ids, lengths = tf.ones((1, 16), tf.int32), tf.fill([1], 4)
-    state = grow(CompiledLoop(model, jit_compile=False).prefill(ids, lengths), 48)
-    loop = LookupLoop(model, jit_compile=True)
-    arguments = lookup.start(state), sampling, limits, tf.constant(9), transposed_of(model)()
-    text = loop.decode.function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+    state = grow(compiled(prefill, model, jit_compile=False)(ids, lengths), 48)
+    check = compiled(decode, model, jit_compile=True, n_rows=4)
+    arguments = *check.args, lookup.start(state), sampling, limits, tf.constant(9)
+    text = check.func.function.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
     blocks = re.findall(r"^(?:ENTRY )?%[\w.-]+ \(.*?^}", text, re.S | re.M)
     loops = [block for block in blocks if not block.startswith("ENTRY")]
     updates = [line for block in loops for line in block.splitlines() if re.search(r"f32\[2,48,32\]\S* fusion", line)]
@@ -312,7 +312,7 @@ def test_what_it_is_not_for_is_refused(options, function):
 def test_a_small_model_does_without(model, runs, monkeypatch):
     options = {"max_new_tokens": 30, "jit_compile": False}
     for smallest, n_runs in ((CONFIG.n_params + 1, 0), (CONFIG.n_params, 1)):
-        monkeypatch.setattr(lookup_run, "SMALLEST", smallest)
+        monkeypatch.setattr(lookup, "SMALLEST", smallest)
         found = generate(model, PROMPTS, prompt_lookup=True, **options)
         assert found.ids == generate(model, PROMPTS, **options).ids
         assert len(runs) == n_runs

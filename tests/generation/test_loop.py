@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+from counting import count_traces
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
+from tf_gpt2.generation.compiled import compiled, compiled_for
 from tf_gpt2.generation.generate import generate, make_limits, make_sampling
-from tf_gpt2.generation.loop import bucket, cache_sizes, decode, decode_step, grow, prefill
+from tf_gpt2.generation.loop import bucket, cache_sizes, decode, grow, prefill, step
 from tf_gpt2.generation.prompts import pad_rows
-from tf_gpt2.generation.run import CompiledLoop, Run, compile_run, loop_of
+from tf_gpt2.generation.run import Run, compile_run
+from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.network import network_of
 
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 MIXED = {"temperature": [1.0, 0.0, 0.7], "top_k": [0, 5, 0], "top_p": [1.0, 0.5, 0.9], "seed": [1, 2, 2**40]}
@@ -30,15 +34,26 @@ CONFIGS = [
 
 
 class Recorder:
-    """A model that remembers the logits it gave."""
+    """A network that remembers the logits it gave."""
 
     def __init__(self, model):
-        self.model, self.config, self.blocks = model, model.config, model.blocks
-        self.hidden_states, self.seen = model.hidden_states, []
+        network = network_of(model, plain)
+        self.config, self.ops, self.hidden_states, self._logits = (
+            model.config,
+            plain,
+            network.hidden_states,
+            network.logits,
+        )
+        self.seen = []
 
     def logits(self, hidden):
-        self.seen.append(self.model.logits(hidden))
+        self.seen.append(self._logits(hidden))
         return self.seen[-1]
+
+
+def one_step(network, state, sampling, limits):
+    """Appends one token to each row."""
+    return step(network, state, tf.zeros((state.ids.shape[0], 0), tf.int32), sampling, limits)[0]
 
 
 def prompts_of(config, lengths, seed=0):
@@ -84,7 +99,7 @@ def test_logits_are_those_of_a_plain_forward_pass_at_each_step(config, options, 
     state, lengths = grow(prefill(recorder, *arguments[:2]), config.n_ctx), []
     while (state.lengths < config.n_ctx).numpy().any():
         lengths.append(state.lengths.numpy())
-        state = decode_step(recorder, state, *arguments[2:4])
+        state = one_step(recorder, state, *arguments[2:4])
     assert len(recorder.seen) == len(lengths) == config.n_ctx - 1
     for row, ids in enumerate(texts(state)):
         assert ids[: len(rows[row])] == rows[row].tolist()
@@ -107,7 +122,7 @@ def test_logits_in_reduced_precision_are_those_of_the_model_itself(policy, lengt
     arguments = start(model, prompts_of(odd_config, lengths), GREEDY, limit=20)
     state = grow(prefill(recorder, *arguments[:2]), 32)
     for _ in range(9):
-        state = decode_step(recorder, state, *arguments[2:4])
+        state = one_step(recorder, state, *arguments[2:4])
     for row, ids in enumerate(texts(state)):
         plain = model(np.array([ids])).numpy()[0]
         found = np.stack([logits[row] for logits in recorder.seen])
@@ -123,10 +138,12 @@ def test_logits_in_reduced_precision_are_those_of_the_model_itself(policy, lengt
 def test_plain_graph_and_xla_give_what_eager_gives(options, odd_model, odd_config):
     rows = prompts_of(odd_config, [1, 7, 16])
     arguments = start(odd_model, rows, options, limit=30, stop_ids=[50])
-    states = [decode(odd_model, grow(prefill(odd_model, *arguments[:2]), 32), *arguments[2:4], tf.constant(32))]
+    network = network_of(odd_model, plain)
+    states = [decode(network, grow(prefill(network, *arguments[:2]), 32), *arguments[2:4], tf.constant(32))]
     for jit_compile in (False, True):
-        loop = loop_of(odd_model, jit_compile=jit_compile)
-        states.append(loop.decode(grow(loop.prefill(*arguments[:2]), 32), *arguments[2:4], tf.constant(32)))
+        read = compiled(prefill, odd_model, jit_compile=jit_compile)
+        go_on = compiled(decode, odd_model, jit_compile=jit_compile, n_rows=3)
+        states.append(go_on(grow(read(*arguments[:2]), 32), *arguments[2:4], tf.constant(32)))
     eager = states[0]
     assert texts(eager) != [row.tolist() for row in rows]
     for state in states[1:]:
@@ -213,10 +230,11 @@ def test_a_growing_cache_changes_nothing(options, odd_model, odd_config, small_s
     limits = arguments[3]._replace(lengths=tf.constant([37, 12, 30]))
     sizes, states = [], []
     for state in run(odd_model, *arguments[:3], limits):
-        sizes.append(state.keys[0].shape[1])
+        sizes.append(state.n_slots)
         states.append(state)
     assert sizes == [5, 10, 20, 20, 40]  # the longest row ends within 20 places, and others are shorter
-    whole = decode(odd_model, grow(prefill(odd_model, *arguments[:2]), 40), arguments[2], limits, 40)
+    network = network_of(odd_model, plain)
+    whole = decode(network, grow(prefill(network, *arguments[:2]), 40), arguments[2], limits, 40)
     assert texts(states[-1]) == texts(whole)
     assert [len(row) for row in texts(whole)] == [37, 12, 30]
     for row, length in enumerate(whole.lengths.numpy()):
@@ -228,7 +246,7 @@ def test_a_cache_grows_for_the_rows_that_go_on(odd_model, odd_config, small_step
     arguments = start(odd_model, prompts_of(odd_config, [5, 1]), GREEDY, limit=37)
     limits = arguments[3]._replace(lengths=tf.constant([6, 12]))
     states = list(run(odd_model, *arguments[:3], limits))
-    assert [state.keys[0].shape[1] for state in states] == [5, 10, 10, 20]
+    assert [state.n_slots for state in states] == [5, 10, 10, 20]
     assert [state.lengths.numpy().tolist() for state in states] == [[5, 1], [6, 7], [6, 11], [6, 12]]
 
 
@@ -236,11 +254,11 @@ def test_compiling_ahead_leaves_nothing_to_compile(odd_config, odd_params, small
     model = GPT2Model(odd_config)
     model.set_weights(odd_params)
     arguments = start(model, prompts_of(odd_config, [5, 2]), GREEDY, limit=37)
+    compiled_for.cache_clear()
     compile_run(model, *arguments, jit_compile=False)
-    n_traces = loop_of(model, jit_compile=False).n_traces
-    assert n_traces == 1 + len([10, 20, 40])
+    assert count_traces(model) == 1 + len([10, 20, 40])
     list(run(model, *arguments))
-    assert loop_of(model, jit_compile=False).n_traces == n_traces
+    assert count_traces(model) == 1 + len([10, 20, 40])
 
 
 # ---- compilations
@@ -258,13 +276,6 @@ def test_there_are_few_buckets():
     assert sorted({bucket(length, 1000) for length in range(1, 1001)}) == [16, 32, 64, 128, 256, 512, 1000]
 
 
-def test_a_loop_belongs_to_its_model(odd_model):
-    loop = loop_of(odd_model, jit_compile=True)
-    assert loop is loop_of(odd_model, jit_compile=True)
-    assert loop is not loop_of(odd_model, jit_compile=False)
-    assert loop is not loop_of(GPT2Model(CONFIGS[3]), jit_compile=True)
-
-
 def test_new_weights_count_at_once_and_a_model_can_be_freed():
     config = GPT2Config(n_vocab=53, n_ctx=16, n_embd=12, n_head=2, n_layer=1)
     model, texts = GPT2Model(config), []
@@ -277,18 +288,11 @@ def test_new_weights_count_at_once_and_a_model_can_be_freed():
             ids.append(int(reference.forward(params, ids, n_head=2)[-1].argmax()))
         assert texts[-1] == [ids[2:]]
     assert texts[0] != texts[1]
-    assert loop_of(model, jit_compile=True).n_traces == 2
+    assert count_traces(model, jit_compile=True) == 2
     freed = weakref.ref(model)
     del model
     gc.collect()
     assert freed() is None
-
-
-def test_a_loop_without_its_model_is_no_crash(odd_config):
-    loop = CompiledLoop(GPT2Model(odd_config), jit_compile=False)
-    gc.collect()
-    with pytest.raises(Exception):  # noqa: B017
-        loop.prefill(tf.ones((1, 3), tf.int32), tf.constant([3]))
 
 
 HEALTH = """
@@ -297,12 +301,13 @@ from tf_gpt2 import GPT2Config, GPT2Model, generate
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.choose import choose
 from tf_gpt2.generation.options import make_sampling
+from tf_gpt2.model.arithmetic import xla
 for n_rows, n_vocab in [(3, 256), (2, 512), (1, 2048), (8, 64)]:
     config = GPT2Config(n_vocab=n_vocab, n_ctx=32, n_embd=1, n_head=1, n_layer=1)
     sampling = make_sampling(n_rows, config, temperature=1.0, top_k=7, top_p=0.9, min_p=0.1, typical_p=0.5)
     history = History(tf.zeros((n_rows, 33), tf.int32), tf.fill([n_rows], 2), tf.fill([n_rows], 1))
     logits = tf.zeros((n_rows, n_vocab))
-    ids = tf.function(choose, jit_compile=True)(logits, sampling, history, tf.constant([3, -1]))
+    ids = tf.function(lambda *a: choose(*a, xla), jit_compile=True)(logits, sampling, history, tf.constant([3, -1]))
     assert ids.shape == n_rows
 model = GPT2Model(GPT2Config(n_vocab=1024, n_ctx=64, n_embd=64, n_head=1, n_layer=1))
 assert len(generate(model, [[0]], max_new_tokens=12, temperature=0.8, top_p=0.9).ids[0]) == 12

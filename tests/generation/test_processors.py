@@ -1,13 +1,17 @@
 """Bias, penalties and bans against plain Python that reads the definitions, in each way of running them."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings, strategies as st
 
 from tf_gpt2.config import GPT2Config
+from tf_gpt2.generation import processors
 from tf_gpt2.generation.options import make_sampling
-from tf_gpt2.generation.processors import History, process
+from tf_gpt2.generation.processors import History
+from tf_gpt2.model.arithmetic import graph, xla
 
 INF = float("inf")
 N_VOCAB, N_PLACES = 7, 12
@@ -56,6 +60,10 @@ def processed_by_hand(logits, text, n_prompt, options):
     return list(logits) if max(result) == -INF else result
 
 
+def process(*arguments, ops=xla):
+    return processors.process(*arguments, ops)
+
+
 def process_rows(logits, texts, n_prompts, options, *, junk=0, run=process):
     """All rows at once; what lies past a row's length is ``junk``."""
     ids = np.full((len(texts), N_PLACES + 1), junk, np.int32)
@@ -76,7 +84,7 @@ def banned(text, n_prompt=1, **options):
 
 
 compiled = tf.function(process, jit_compile=True, autograph=False)
-plain = tf.function(process, autograph=False)
+plain = tf.function(functools.partial(process, ops=graph), autograph=False)
 
 
 @pytest.mark.parametrize("run", [plain, compiled], ids=["plain", "compiled"])

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from counting import count_traces
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation import loop
 from tf_gpt2.generation.generate import generate
-from tf_gpt2.generation.run import loop_of
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.network import Network
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7]]
 N = 3
@@ -110,14 +111,14 @@ def test_the_cache_of_samples_grows(run, monkeypatch):
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["plain", "compiled"])
 def test_a_prompt_is_read_once(jit_compile, monkeypatch):
     """The blocks see one row per prompt for the prompts' length, and one per sample for each token after."""
-    model, seen = GPT2Model(GPT2Config(n_vocab=31, n_ctx=33, n_embd=6, n_head=3, n_layer=2)), []
-    hidden_states = model.hidden_states
+    model, seen = GPT2Model(GPT2Config(n_vocab=31, n_ctx=34, n_embd=6, n_head=3, n_layer=2)), []
+    hidden_states = Network.hidden_states
 
-    def spy(ids, **options):
+    def spy(network, ids, *arguments):
         seen.append(tuple(ids.shape))
-        return hidden_states(ids, **options)
+        return hidden_states(network, ids, *arguments)
 
-    monkeypatch.setattr(model, "hidden_states", spy)
+    monkeypatch.setattr(Network, "hidden_states", spy)
     generate(model, [[1] * 20, [2]], num_samples=4, max_new_tokens=5, temperature=1.0, jit_compile=jit_compile)
     assert seen[0] == (2, 32)
     assert set(seen[1:]) == {(8, 1)}
@@ -138,12 +139,11 @@ def test_samples_compile(run_python):
 
 
 def test_the_number_of_samples_is_a_shape(run, odd_model):
-    n_loop = loop_of(odd_model, jit_compile=False)
     run(num_samples=4)
-    n_traces = n_loop.n_traces
+    n_traces = count_traces(odd_model)
     for n in (4, np.int64(4)):
         run(num_samples=n, **SEEDS | {"seed": 5})
-    assert n_loop.n_traces == n_traces
+    assert count_traces(odd_model) == n_traces
 
 
 def test_samples_draw_from_the_models_distribution(run, odd_model):

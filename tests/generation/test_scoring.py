@@ -8,13 +8,14 @@ import hypothesis
 import numpy as np
 import pytest
 import reference
+from counting import count_traces
 from hypothesis import strategies as st
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation import scoring
-from tf_gpt2.generation.compiled import Compiled
-from tf_gpt2.generation.scoring import score, scorer_of, sliding_logprobs, target_logprobs, windows
+from tf_gpt2.generation.compiled import Compiled, compiled_for
+from tf_gpt2.generation.scoring import score, sliding_logprobs, target_logprobs, windows
 from tf_gpt2.model.gpt2 import GPT2Model
 
 TOLERANCE = 1e-4
@@ -138,25 +139,25 @@ def test_memory_and_compilations_are_bounded(odd_params, odd_config, monkeypatch
     model.set_weights(odd_params)
     monkeypatch.setattr(scoring, "POSITIONS_PER_PIECE", 128)
     monkeypatch.setattr(scoring, "TARGETS_PER_PIECE", 32)
-    scorer, seen, call = scorer_of(model, jit_compile=False), [], Compiled.__call__
+    compiled_for.cache_clear()
+    functions, seen, call = (scoring.hidden_rows, scoring.chosen_logprobs), [], Compiled.__call__
 
-    def spy(function, *tensors):
+    def spy(function, weights, *tensors):
         seen.append(tensors[0].shape)
-        return call(function, *tensors)
+        return call(function, weights, *tensors)
 
     monkeypatch.setattr(Compiled, "__call__", spy)
     rows = rows_of(odd_config, [*range(41), *[40] * 5, *[3] * 30])
     first = score(model, rows, start_id=0, jit_compile=False)
-    assert scorer_of(model, jit_compile=False) is scorer
     shapes = {tuple(shape) for shape in seen}
     of_ids, of_hidden = shapes - {s for s in shapes if s[1] == 12}, {s for s in shapes if s[1] == 12}
     assert max(n_rows * length for n_rows, length in of_ids) <= 128
     assert {length for _, length in of_ids} == {16, 32, 40}
     assert max(n for n, _ in of_hidden) <= 32
-    n_traces = scorer.n_traces
+    n_traces = count_traces(model, *functions)
     assert n_traces == len(shapes) <= 3 * 4 + 2
     assert score(model, rows, start_id=0, jit_compile=False) == first
-    assert scorer.n_traces == n_traces
+    assert count_traces(model, *functions) == n_traces
     assert not caplog.records  # such as TensorFlow's warning of frequent tracing
     for one in first:
         np.testing.assert_allclose(one.logprobs, expected_logprobs(odd_params, [0, *one.ids], n_head=3), atol=TOLERANCE)

@@ -9,9 +9,11 @@ from reference import lively_params
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation import session as session_module
+from tf_gpt2.generation.compiled import compiled_for
 from tf_gpt2.generation.generate import generate
 from tf_gpt2.generation.session import Session
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.network import Network
 
 CONFIG = GPT2Config(n_vocab=101, n_ctx=96, n_embd=12, n_head=3, n_layer=2)
 TURNS = [[5, 3, 8], [1], [], list(range(40, 77)), [2, 2]]
@@ -28,13 +30,15 @@ def model():
 def fed(monkeypatch):
     """Counts the positions that are fed to a cache outside the decode loop, padding included."""
     counts = []
-    feed_several = session_module.feed_several
+    hidden_states = Network.hidden_states
 
-    def count(model, ids, *arguments):
-        counts.append(ids.shape[1])
-        return feed_several(model, ids, *arguments)
+    def count(network, ids, positions=None, cache=None):
+        if positions is not None and ids.shape[1] > 1:
+            counts.append(ids.shape[1])
+        return hidden_states(network, ids, positions, cache)
 
-    monkeypatch.setattr(session_module, "feed_several", count)
+    monkeypatch.setattr(Network, "hidden_states", count)
+    compiled_for.cache_clear()
     return counts
 
 
@@ -287,5 +291,5 @@ def test_few_sizes_are_compiled():
     session = Session(model, jit_compile=False)
     for n_new in (3, 60, 150, 2, 300, 200, 100):
         take(session, np.arange(n_new) % 11, max_new_tokens=3)
-        sizes.add(session._run.state.keys[0].shape[1])
+        sizes.add(session._run.state.n_slots)
     assert sizes == {256, 1024}

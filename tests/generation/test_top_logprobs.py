@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+from counting import count_traces
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation import loop
+from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.generate import generate, make_limits, make_sampling
-from tf_gpt2.generation.run import CompiledLoop, loop_of
 from tf_gpt2.model.gpt2 import GPT2Model
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], list(range(20, 36))]
@@ -126,17 +127,16 @@ def test_none_are_given_unless_asked_for(run):
 
 
 def test_numbers_up_to_8_share_what_is_compiled(run, odd_model):
-    functions = loop_of(odd_model, jit_compile=False)
     run(top_logprobs=8)
-    eight, n_traces = run(top_logprobs=8), functions.n_traces
+    eight, n_traces = run(top_logprobs=8), count_traces(odd_model)
     for k in (1, 5, 7, np.int64(3)):
         fewer = run(top_logprobs=k)
         assert fewer.top_logprobs == [[top[:k] for top in row] for row in eight.top_logprobs]
         assert {len(top) for row in fewer.top_logprobs for top in row} == {k}
     run()
-    assert functions.n_traces == n_traces
+    assert count_traces(odd_model) == n_traces
     run(top_logprobs=9)
-    assert functions.n_traces == n_traces + 2
+    assert count_traces(odd_model) == n_traces + 2
 
 
 @pytest.mark.parametrize("n_top", [0, 8])
@@ -144,10 +144,12 @@ def test_the_ordinary_loop_looks_for_no_likeliest(n_top, odd_model, odd_config):
     """Nothing is computed for what nobody asked for, and nothing carried along."""
     rows = [np.array([1, 2, 3], np.int32)]
     sampling, limits = make_sampling(1, odd_config), make_limits(rows, 5, (), odd_config)
-    functions = CompiledLoop(odd_model, jit_compile=False)
-    state = functions.prefill(np.array([[1, 2, 3]], np.int32), np.array([3], np.int32), 1, n_top)
+    read = compiled(loop.prefill, odd_model, jit_compile=False)
+    state = read(tf.constant([[1, 2, 3]]), tf.constant([3]), 1, n_top)
     assert state.top_ids.shape == state.top_logprobs.shape == (1, 5, n_top)
-    graph = functions.decode.function.get_concrete_function(loop.grow(state, 8), sampling, limits, 3).graph
+    go_on = compiled(loop.decode, odd_model, jit_compile=False)
+    arguments = *go_on.args, loop.grow(state, 8), sampling, limits, 3
+    graph = go_on.func.function.get_concrete_function(*arguments).graph
     parts = [{node.name: node for node in part.node_def} for part in graph.as_graph_def().library.function]
     inputs = [part.get(node.input[1].partition(":")[0]) for part in parts for node in part.values() if is_top_k(node)]
     numbers = [tf.make_ndarray(k.attr["value"].tensor).item() for k in inputs if k and k.op == "Const"]

@@ -14,6 +14,7 @@ from tf_gpt2 import GPT2Config
 from tf_gpt2.generation.choose import filter_logits
 from tf_gpt2.generation.options import make_sampling
 from tf_gpt2.generation.processors import History, process
+from tf_gpt2.model.arithmetic import xla
 
 N_VOCAB, N_PLACES, STOP_IDS = 30, 24, [3, 29]
 CONFIG = GPT2Config(n_vocab=N_VOCAB, n_ctx=N_PLACES, n_embd=1, n_head=1, n_layer=1)
@@ -54,7 +55,7 @@ def peer():
 
 @tf.function(jit_compile=True, autograph=False)
 def ours(logits, sampling, history, stop_ids):
-    return filter_logits(process(logits, sampling.processing, history, stop_ids), sampling)
+    return filter_logits(process(logits, sampling.processing, history, stop_ids, xla), sampling, xla)
 
 
 def compare(peer, rng, options):

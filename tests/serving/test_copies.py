@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from reference import lively_params
-from tf_gpt2.generation.transposed import matrices
 
 from tf_gpt2 import GPT2Config, GPT2Model
-from tf_gpt2.serving.copies import CopiesInGraph
+from tf_gpt2.generation.compiled import matrices
+from tf_gpt2.model.arithmetic import xla
+from tf_gpt2.model.network import network_of, weights_of
+from tf_gpt2.serving.copies import TwinsInGraph
 
 CONFIG = GPT2Config(n_vocab=101, n_ctx=40, n_embd=12, n_head=3, n_layer=2)
 ASKED_AT_ONCE = 8
@@ -22,11 +24,15 @@ def make_model(**options):
     return model
 
 
+def variables_of(model):
+    return [matrix.value for matrix in matrices(weights_of(model))]
+
+
 def save_and_load(model, path):
     """Gives a SavedModel whose ``function`` gives the copies."""
     module = tf.Module()
-    module.copies = CopiesInGraph(model)
-    module.function = tf.function(lambda: list(module.copies()), autograph=False, input_signature=[])
+    module.twins, module.model_variables = TwinsInGraph(network_of(model, xla)), variables_of(model)
+    module.function = tf.function(lambda: list(module.twins()), autograph=False, input_signature=[])
     module.variables_read = module.function.get_concrete_function().graph.variables
     tf.saved_model.save(module, str(path), signatures={})
     return tf.saved_model.load(str(path))
@@ -36,7 +42,7 @@ def save_and_load(model, path):
 def test_each_request_gets_all_however_many_come_at_once(dtype, tmp_path):
     model = make_model(dtype=dtype)
     computed = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
-    expected = [w.numpy().astype(computed).astype(np.float32).T for w in matrices(model)]
+    expected = [w.numpy().astype(computed).astype(np.float32).T for w in variables_of(model)]
     served = save_and_load(model, tmp_path)
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         found = list(pool.map(lambda _: served.function(), range(4 * ASKED_AT_ONCE)))
@@ -60,9 +66,9 @@ def test_the_files_do_not_hold_them(tmp_path):
     model = make_model()
     save_and_load(model, tmp_path)
     stored = sum(path.stat().st_size for path in (tmp_path / "variables").iterdir())
-    n_bytes = sum(4 * w.shape.num_elements() for w in matrices(model))
+    n_bytes = sum(4 * w.shape.num_elements() for w in variables_of(model))
     assert stored < 1.5 * n_bytes + 10_000
 
 
 def test_of_8_bit_weights_there_are_none():
-    assert CopiesInGraph(make_model(quantization="int8"))() == ()
+    assert not TwinsInGraph(network_of(make_model(quantization="int8"), xla)).exist

@@ -22,7 +22,8 @@ from tf_gpt2.model.formulas import Weights
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network, weights_of
 from tf_gpt2.model.weights import Matrix
-from tf_gpt2.runtime.tf_internals import address, call_flat, read_without_copy
+from tf_gpt2.runtime import prepare_process
+from tf_gpt2.runtime.tf_internals import address, call_flat, read_without_copy, watches_operations
 
 
 class Compiled:
@@ -36,6 +37,8 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any], config: GPT2Config, dtype: str, ops: Ops):
+        prepare_process()
+
         def call(weights: Weights, *args: Any) -> Any:
             return function(Network(ops.prepare(weights), config, dtype, ops), *args)
 
@@ -77,12 +80,13 @@ def compiled(
     Args:
         function: takes a ``Network``, tensors and integers.
         model: whose weights to compute with; a later change of them counts, but in transposed twins.
-        jit_compile: whether XLA compiles.
+        jit_compile: whether XLA compiles; it does not while ``tf.debugging.enable_check_numerics`` is on.
         n_rows: how many rows its products have: for several XLA uses transposed twins of the weights.
 
     Raises:
         ValueError: when a layer of the model has been replaced or changed.
     """
+    jit_compile = jit_compile and not watches_operations()
     ops: Any = xla if jit_compile else graph
     weights = weights_of(model)
     if jit_compile and n_rows > 1 and model.quantization is None:

@@ -79,6 +79,14 @@ class GPT2Model(ParamTree, keras.Model):
         for layer in (*self.blocks, self.ln_f):
             layer.build((None, None, config.n_embd))
 
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        """Returns what ``tf.train.Checkpoint`` saves, the blocks among it: it does not look into Keras's lists.
+
+        Test: ``tests/model/test_keras.py``, ``test_a_training_checkpoint_has_every_variable``.
+        """
+        blocks = {f"h{i}": block for i, block in enumerate(self.blocks)}
+        return {**super()._trackable_children(save_type, **kwargs), **blocks}
+
     @classmethod
     def from_checkpoint(cls, folder: str | Path, **kwargs: Any) -> GPT2Model:
         """Makes a model from a folder with OpenAI's files, one variable at a time to keep the memory low.
@@ -113,6 +121,8 @@ class GPT2Model(ParamTree, keras.Model):
 
     def call(self, ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Computes logits at every position, float32 (B, T, V)."""
+        if is_mean_of_replicas(ids):
+            ids = tf.cast(ids, tf.int32)
         check_ids(ids, self.config)
         if training and self.quantization:
             raise ValueError(
@@ -215,6 +225,12 @@ def one_or_nan(ids: tf.Tensor, config: GPT2Config) -> tf.Tensor:
     return tf.sqrt(tf.where(is_valid, 1.0, -1.0))
 
 
+def is_mean_of_replicas(ids: tf.Tensor) -> bool:
+    """Whether ids are the mean of several replicas' batches, from which Keras's ``fit`` infers shapes first."""
+    is_whole = tf.distribute.in_cross_replica_context() and tf.distribute.get_strategy().num_replicas_in_sync > 1
+    return is_whole and ids.dtype in (tf.float32, tf.float64)
+
+
 def check_ids(ids: tf.Tensor, config: GPT2Config) -> None:
     """Refuses what compiled code would silently clamp: wrong rank or length, ids outside the vocabulary.
 
@@ -232,7 +248,8 @@ def check_ids(ids: tf.Tensor, config: GPT2Config) -> None:
         raise ContextLengthError(f"ids are {ids.shape[1]} long, the window is n_ctx={config.n_ctx}; cut the sequence")
     if not keras.backend.is_int_dtype(ids.dtype):
         raise ValueError(
-            f"ids must be integers, got {keras.backend.standardize_dtype(ids.dtype)}; keras.Input wants dtype='int32'"
+            f"ids must be integers, got {keras.backend.standardize_dtype(ids.dtype)}; "
+            f"a functional or Sequential model begins with keras.Input((None,), dtype='int32')"
         )
     if isinstance(ids, tf.Tensor) and not tf.is_symbolic_tensor(ids):
         values = np.asarray(ids)

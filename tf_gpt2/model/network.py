@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -94,7 +95,14 @@ def weights_of(model: GPT2Model) -> Weights:
     """
     for path, layer in [("model", model), *parts_of(model)]:
         check_own(path, layer, model.compute_dtype)
-    return model.weights_tree()
+    return tf.nest.map_structure(first_replica, model.weights_tree())
+
+
+def first_replica(variable: Any) -> Any:
+    """Returns one device's copy of a variable that a distribution strategy has mirrored; others as they are."""
+    if not isinstance(variable, tf.distribute.DistributedValues):
+        return variable
+    return variable.distribute_strategy.experimental_local_results(variable)[0]
 
 
 def check_own(path: str, layer: keras.Layer, dtype: str) -> None:

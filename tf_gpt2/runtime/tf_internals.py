@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 
 def owned_copy(x: tf.Tensor) -> tf.Tensor:
@@ -70,3 +71,11 @@ def call_flat(concrete: Any, inputs: Sequence[tf.Tensor]) -> Any:
     Test: ``tests/generation/test_compiled.py``, ``test_a_flat_call_is_an_ordinary_call``.
     """
     return concrete._call_flat(list(inputs), concrete.captured_inputs)
+
+
+def watches_operations() -> bool:
+    """Whether someone looks at each operation, as ``tf.debugging.enable_check_numerics`` does: XLA cannot compile that.
+
+    Test: ``tests/model/test_keras.py``, ``test_checks_of_numbers_find_nothing_in_a_sound_model``.
+    """
+    return bool(context.context().op_callbacks)

@@ -1,18 +1,16 @@
 """Choosing the next id: the filters against sorting, the frequencies against the exact probabilities."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings, strategies as st
 from reference import kept_by_min_p, kept_by_top_k, kept_by_top_p, kept_by_typical_p, softmax
-from tf_gpt2.model.loops import plain_loop
 
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.generation.choose import choose, filter_logits, first_largest
+from tf_gpt2.generation.choose import choose, filter_logits
 from tf_gpt2.generation.options import make_sampling
 from tf_gpt2.generation.processors import History
+from tf_gpt2.model.arithmetic import graph, plain, xla
 
 INF = float("inf")
 # few different values, so that there are many ties
@@ -30,31 +28,35 @@ def settings_of(n_rows, *, seeds=None, n_vocab=1, **options):
     return make_sampling(n_rows, config, **{"temperature": 1.0, "seed": seeds, **options})
 
 
-def choose_at(logits, sampling, positions):
+def choose_at(logits, sampling, positions, ops=xla):
     """Chooses the tokens for these places, whatever was said before."""
     ids = tf.zeros((len(logits), 1), tf.int32)
-    return choose(logits, sampling, History(ids, positions, positions), tf.constant([-1]))
+    return choose(logits, sampling, History(ids, positions, positions), tf.constant([-1]), ops)
 
 
 def batch(row, n_rows=1):
     return tf.constant([row] * n_rows, tf.float32)
 
 
+def bisected(logits, sampling):
+    """Filters as XLA does, but eagerly."""
+    return filter_logits(logits, sampling, xla)
+
+
 @tf.function(autograph=False)
 def traced(logits, sampling):
-    with plain_loop([]):
-        return filter_logits(logits, sampling)
+    return filter_logits(logits, sampling, graph)
 
 
-def keep_in_plain_loop(logits, sampling):
-    """As ``filter_logits`` in a loop that XLA does not compile, where it sorts; short rows have one graph."""
+def keep_in_graph(logits, sampling):
+    """Filters as outside of XLA, by sorting; short rows have one graph."""
     n_vocab = logits.shape[-1]
     impossible = tf.fill((len(logits), max(12 - n_vocab, 0)), -INF)
     return traced(tf.concat([logits, impossible], axis=-1), sampling)[:, :n_vocab]
 
 
-compiled = tf.function(filter_logits, autograph=False, jit_compile=True)
-EVERYWHERE = pytest.mark.parametrize("keep", [filter_logits, keep_in_plain_loop], ids=["eager", "plain loop"])
+compiled = tf.function(bisected, autograph=False, jit_compile=True)
+EVERYWHERE = pytest.mark.parametrize("keep", [bisected, keep_in_graph], ids=["eager", "plain graph"])
 
 
 def left(filtered, row):
@@ -180,7 +182,7 @@ def test_min_p_on_known_rows(keep, row, p, kept):
     assert left(keep(batch(row), settings_of(1, min_p=p))[0], row) == kept
 
 
-@pytest.mark.parametrize("keep", [filter_logits, keep_in_plain_loop, compiled], ids=["eager", "plain loop", "xla"])
+@pytest.mark.parametrize("keep", [bisected, keep_in_graph, compiled], ids=["eager", "plain graph", "xla"])
 @pytest.mark.parametrize("others", [{}, {"top_k": 3}, {"top_p": 0.999}, {"typical_p": 0.9999}], ids=str)
 @pytest.mark.parametrize("shift", [0, 1e6, -1e6, 1e5])
 def test_min_p_compares_what_differs_of_large_logits(keep, others, shift):
@@ -249,7 +251,7 @@ def test_the_most_typical_at_any_temperature(temperature, offset):
     scaled = logits.numpy().astype(np.float64) / temperature
     probs = softmax(scaled)
     distances = np.abs(scaled - (probs * scaled).sum(axis=1, keepdims=True))
-    for keep in (filter_logits, traced, compiled):
+    for keep in (bisected, traced, compiled):
         kept = keep(logits, options).numpy() > -INF
         assert kept[np.arange(60), distances.argmin(axis=1)].all()
         assert kept.sum() <= 63  # now and then two are equally near
@@ -330,7 +332,7 @@ def test_sorting_a_part_keeps_what_bisection_keeps(top_k, top_p, step, scale):
     row = np.random.default_rng(0).normal(size=(n_rows, n_vocab)) * scale
     logits = tf.constant(np.round(row / step) * step, tf.float32)
     settings = settings_of(n_rows, top_k=top_k, top_p=top_p, min_p=[0.0, 0.02, 0.7] * 8)
-    wanted, found = filter_logits(logits, settings).numpy(), traced(logits, settings).numpy()
+    wanted, found = bisected(logits, settings).numpy(), traced(logits, settings).numpy()
     differing = np.argwhere(wanted != found)
     probs = softmax(np.where(np.maximum(wanted, found) > -INF, logits, -INF))
     # where float32 cannot tell on which side of p a mass is, both answers are right; such a token is the last one
@@ -396,23 +398,22 @@ def test_temperatures_down_to_zero_take_the_likeliest(shift, temperature):
     assert drawn(shift + np.array([0.0, 5.0, 9.0, 2.0]), 50, temperature=temperature).tolist() == [2] * 50
 
 
-LOOPS = {"none": contextlib.nullcontext, "plain": lambda: plain_loop([])}
+OPS = {"plain": plain, "xla": xla, "graph": graph}
 
 
-@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-def test_of_equals_the_lowest_id_is_taken(loop):
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+def test_of_equals_the_lowest_id_is_taken(ops):
     rows = tf.constant([[1, 3, 3, 3], [2, 2, 2, 2], [-INF, -INF, 0, 0], [-0.0, 0.0, 0.0, -0.0]], tf.float32)
-    with loop():
-        assert choose_at(rows, settings_of(4, temperature=0), tf.zeros(4, tf.int32)).numpy().tolist() == [1, 0, 2, 0]
+    chosen = choose_at(rows, settings_of(4, temperature=0), tf.zeros(4, tf.int32), ops)
+    assert chosen.numpy().tolist() == [1, 0, 2, 0]
 
 
-@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("n_rows", [1, 3, 64])
-def test_of_equals_in_many_the_lowest_id_is_taken(loop, n_rows):
+def test_of_equals_in_many_the_lowest_id_is_taken(ops, n_rows):
     rng = np.random.default_rng(n_rows)
     rows = rng.integers(0, 50, (n_rows, 50257)).astype(np.float32)
-    with loop():
-        np.testing.assert_array_equal(first_largest(tf.constant(rows)), rows.argmax(axis=1))
+    np.testing.assert_array_equal(ops.first_largest(tf.constant(rows)), rows.argmax(axis=1))
 
 
 def test_greedy_rows_among_random_ones_ignore_the_filters():
