@@ -5,23 +5,35 @@ PROMPT ?= To be
 export PROMPT
 
 BIN := .venv/bin
-# two at a time: each test is mostly one thread, and each process has TensorFlow's gigabyte
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# two at a time: each test is mostly one thread, and each process has TensorFlow's gigabyte; a process without work takes
+# half of what the other has still to do, so files and what they set up stay together until the end
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations=25
+# these compile nothing, or next to nothing
+QUICK := tests/test_config.py tests/checkpoint tests/tokenizer/test_encoder.py tests/text/test_pieces.py \
+  tests/model/test_arithmetic.py tests/model/test_param_tree.py \
+  $(addprefix tests/test_docs.py::test_, commands_of_the_readme_exist links_lead_somewhere functions_are_where_documents_say \
+    quoted_tables_and_help_texts_are_current)
 SETUP := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-only test-serving test-peers lint format types layers fuzz bench bench-store bench-peers docs build clean
+.PHONY: help run check test test-only test-one test-serving test-peers lint format types layers fuzz bench bench-store bench-peers docs build clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 run: .venv/run.stamp  ## text from the embedded checkpoint: make run PROMPT="To be"
 	@$(BIN)/tf-gpt2 generate --model_size tiny -- "$$PROMPT"
 
 test: lint types layers test-only  ## all checks that need no peer
 
+check: lint types layers  ## style, types, layers, and tests that compile nothing: minutes, for while you write
+	$(PYTEST) $(QUICK)
+
 test-only: .venv/test.stamp
 	$(PYTEST) --ignore tests/serving
+
+test-one: .venv/test.stamp  ## some tests: make test-one T="tests/model/test_layers.py -k attention"
+	$(BIN)/python -m pytest $(T)
 
 test-serving: .venv/test.stamp  ## the SavedModel in the loader of TensorFlow Serving, and without Python; takes minutes
 	$(PYTEST) tests/serving

@@ -16,7 +16,7 @@ def start_report(benchmark: str, arguments: argparse.Namespace, *settings: str) 
     """Begins a result: which benchmark, when, where, and with which of its arguments."""
     return {
         "benchmark": benchmark,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "settings": {name: getattr(arguments, name) for name in settings},
     }

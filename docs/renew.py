@@ -1,8 +1,10 @@
-"""Renews what the documents quote: help texts and tables of measurements. ``--check`` only says what is out of date."""
+"""Renews what documents quote: help texts, measurements, modules. ``--check`` only tells what is out of date."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import configparser
 import json
 import os
 import re
@@ -13,6 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PACKAGE = ROOT / "tf_gpt2"
+INTERNALS = PACKAGE / "runtime" / "tf_internals.py"
 
 REFERENCE = "tf_gpt2:float32"
 
@@ -24,7 +28,7 @@ shows the stack), 2 for wrong usage, 130 after Ctrl-C. `python -m tf_gpt2` is th
 
 
 def main() -> int:
-    """Renews the documents; with ``--check`` gives 1 if one is out of date."""
+    """Renews the documents; with ``--check`` returns 1 if one is out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something is out of date")
     check = parser.parse_args().check
@@ -37,21 +41,25 @@ def main() -> int:
 
 
 def renewed() -> dict[Path, str]:
-    """Gives each document's text as it should be."""
+    """Returns each document's text as it should be."""
     sections = {
         "generation": generation_table(),
         "generation_short": short_generation_table(),
+        "speed": speed_line(),
         "step": step_table(),
         "serving": serving_table(),
         "tokenizer": tokenizer_table(),
+        "layers": layers(),
+        "modules": modules(),
+        "internals": internals_table(),
     }
-    paths = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "serving.md"
-    documents = {path: fill(path, sections) for path in paths}
+    names = "README.md", "CONTRIBUTING.md", "docs/design.md", "docs/performance.md", "docs/serving.md"
+    documents = {ROOT / name: fill(ROOT / name, sections) for name in names}
     return {**documents, ROOT / "docs" / "command_line.md": command_line()}
 
 
 def is_current(path: Path, text: str) -> bool:
-    """Says whether a document is there and says what it should."""
+    """Whether a document is there and says what it should."""
     return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
@@ -67,7 +75,7 @@ def fill(path: Path, sections: dict[str, str]) -> str:
 
 
 def command_line() -> str:
-    """Gives the help text of each command."""
+    """Returns the help text of each command."""
     os.environ["COLUMNS"] = "100"
     from tf_gpt2.cli import make_parser
 
@@ -83,7 +91,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def generation_table() -> str:
-    """Gives the table of all engines, with machine, versions and date."""
+    """Returns the table of all engines, with machine, versions and date."""
     result = load("compare")
     lines = [
         "| | tokens/s | × our float32 | of the ceiling | batch 8, tokens/s | prefill 512 / 1000, s "
@@ -119,7 +127,7 @@ def generation_table() -> str:
 
 
 def partings(result: dict[str, Any]) -> str:
-    """Says whose greedy ids are not ours, from which new token on."""
+    """Names the engines whose greedy ids are not ours, and from which new token on."""
     found: dict[str, str] = {}
     for group in result["groups"]:
         for engine, parting in group["jobs"].get("decode", {"parting": {}})["parting"].items():
@@ -135,7 +143,7 @@ def partings(result: dict[str, Any]) -> str:
 
 
 def short_generation_table() -> str:
-    """Gives the chart and the speeds alone."""
+    """Returns the speeds alone."""
     result = load("compare")
     tokens_per_s, seconds = result["summary"]["tokens_per_s"], result["summary"]["seconds"]
     rows = [
@@ -145,7 +153,6 @@ def short_generation_table() -> str:
     ]
     return "\n".join(
         [
-            "![Bars: tokens per second of all engines, one sequence and a batch of 8](docs/speed.png)\n",
             "| | tokens/s | batch 8, tokens/s | prefill of 512, s |",
             "|---|---|---|---|",
             *rows,
@@ -155,8 +162,23 @@ def short_generation_table() -> str:
     )
 
 
+def speed_line() -> str:
+    """Returns one line per precision: tokens per second of one sequence, the fastest first."""
+    result = load("compare")
+    settings, rates = result["settings"], result["summary"]["tokens_per_s"]["decode"]
+    lines = [
+        f"Tokens per second of GPT-2 {settings['size']}, one sequence, {settings['threads']} threads of an "
+        f"{result['machine']['cpu']}, {result['date'][:10]}."
+    ]
+    for words, names in (("32-bit floats", ("float32", "f32")), ("8-bit weights", ("int8", "q8_0"))):
+        alike = [engine for engine in by_speed(result) if engine.partition(":")[2] in names]
+        found = [f"{name_of(result, engine)} {rates[engine]:.0f}" for engine in alike]
+        lines.append(f"With {words}: {', '.join(found)}.")
+    return "\n".join(lines) + warning(result)
+
+
 def goals_table(result: dict[str, Any]) -> str:
-    """Gives each goal with what was measured; a toy reaches none."""
+    """Returns each goal with what was measured; a toy reaches none."""
     if result["settings"]["size"] == "toy":
         return "The goals are for the real shapes."
     words = {True: "reached", False: "**missed**", None: "not measured"}
@@ -169,7 +191,7 @@ def goals_table(result: dict[str, Any]) -> str:
 
 
 def tokenizer_goal() -> dict[str, Any]:
-    """Gives the goal for ``Encoder``, from a result of its own."""
+    """Returns the goal for ``Encoder``, from a result of its own."""
     measured = load("tokenizer")["ratio_to_tiktoken"]["encoder_warm"]
     goal = "tokenizer: to tiktoken, one thread, with a warm cache ≥ 0.5"
     return {"goal": goal, "measured": measured, "reached": measured >= 0.5, "command": "tokenizer"}
@@ -182,19 +204,25 @@ def by_speed(result: dict[str, Any]) -> list[str]:
 
 
 def label(result: dict[str, Any], engine: str) -> str:
-    """Gives an engine's name as a reader knows it, ours in bold."""
+    """Returns an engine's name as a reader knows it, ours in bold."""
     name = result["labels"][engine]
     return f"**{name}**" if engine.startswith("tf_gpt2:") else name
 
 
+def name_of(result: dict[str, Any], engine: str) -> str:
+    """Returns an engine's name without its precision, ours in bold."""
+    name = result["labels"][engine].rpartition(" ")[0]
+    return f"**{name}**" if engine.startswith("tf_gpt2:") else name
+
+
 def relative(result: dict[str, Any], engine: str) -> float:
-    """Gives an engine's decoding speed over that of ours in float32, within rounds where the engine is a peer."""
+    """Returns an engine's decoding speed over that of ours in float32, within rounds where the engine is a peer."""
     rates, ratios = result["summary"]["tokens_per_s"]["decode"], result["summary"]["ratios"]["decode"][REFERENCE]
     return 1 / ratios[engine] if engine in ratios else rates[engine] / rates[REFERENCE]
 
 
 def caption(result: dict[str, Any]) -> str:
-    """Says what was measured where."""
+    """Describes what was measured where."""
     settings, machine, jobs = result["settings"], result["machine"], result["jobs"]
     return (
         f"{settings['size']} shapes, random weights; {jobs['decode']['prompt']} prompt tokens and "
@@ -207,13 +235,13 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def ceilings(result: dict[str, Any]) -> str:
-    """Says what the memory gives with each size of pages."""
+    """Returns what the memory gives with each size of pages."""
     by_pages = result["summary"]["ceilings_tokens_per_s"]
     return " and ".join(f"{rate:.1f} with {pages} pages" for pages, rate in by_pages.items())
 
 
 def warning(result: dict[str, Any]) -> str:
-    """Says what speaks against the figures: toy shapes, or rounds that other programs disturbed."""
+    """Returns what speaks against the figures: toy shapes, or rounds that other programs disturbed."""
     size, n_disturbed, n_rounds = result["settings"]["size"], result["n_disturbed"], result["n_rounds"]
     disturbed = f" {n_disturbed} of {n_rounds} rounds were disturbed by other programs." if n_disturbed else ""
     return disturbed + (" **A trial of the program, no measurement: toy shapes.**" if size == "toy" else "")
@@ -229,7 +257,7 @@ def versions(result: dict[str, Any]) -> str:
 
 
 def step_table() -> str:
-    """Gives the parts of a decoding step, as measured by leaving them out."""
+    """Returns the parts of a decoding step, as measured by leaving them out."""
     result = load("growth")
     lines = ["| part of a step | float32, ms | int8, ms |", "|---|---|---|"]
     steps = {
@@ -251,12 +279,12 @@ def ms(duration_ms: float) -> str:
 
 
 def is_part_of_step(entry: dict[str, Any], dtype: str) -> bool:
-    """Says whether a measurement of growth is one of a step without a part."""
+    """Whether a measurement of growth is one of a step without a part."""
     return (entry["question"], entry["dtype"]) == ("without", dtype)
 
 
 def serving_table() -> str:
-    """Gives the table of an export's requests, beside ``TextGenerator``."""
+    """Returns the table of an export's requests, beside ``TextGenerator``."""
     result = load("serving")
     lines = [
         "| model | tokens | rows | plain | compiled | `TextGenerator` | plain of compiled "
@@ -284,7 +312,7 @@ def serving_table() -> str:
 
 
 def serving_cells(one: dict[str, Any]) -> str:
-    """Gives what is told of one kind of request."""
+    """Returns what is told of one kind of request."""
     steady = {name: median(times) for name, times in one["steady_s"].items()}
     rates = [f"{one['n_tokens'] / steady[name]:.0f}" for name in ("plain", "xla", "generator")]
     ratios = [f"{one['ratios'][goal]:.2f}" for goal in ("plain of xla", "xla of generator")]
@@ -294,7 +322,7 @@ def serving_cells(one: dict[str, Any]) -> str:
 
 
 def tokenizer_table() -> str:
-    """Gives the table of encoding speeds, with machine and date."""
+    """Returns the table of encoding speeds, with machine and date."""
     result = load("tokenizer")
     names = {"encoder_warm": "tf_gpt2, warm", "encoder_cold": "tf_gpt2, cold", "tiktoken": "tiktoken"}
     rows = [
@@ -310,6 +338,48 @@ def tokenizer_table() -> str:
             f"{result['machine']['cpu']}, {result['date'][:10]}.",
         ]
     )
+
+
+def layers() -> str:
+    """Returns the order of the layers, as import-linter's contract in ``setup.cfg`` has it."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    rows = setup["importlinter:contract:layers"]["layers"].split("\n")
+    names = [" · ".join(name.strip().rpartition(".")[2] for name in row.split("|")) for row in rows if row]
+    return f"```\n{' → '.join(names)}\n```"
+
+
+def modules() -> str:
+    """Returns a table of modules for each folder of the package, with the first sentence of each docstring."""
+    parts = []
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        first = folder / "__init__.py"
+        parts += [f"### {folder.relative_to(ROOT)}\n", f"{first_sentence(first)}\n", "| | |", "|---|---|"]
+        for path in sorted(folder.glob("*.py")):
+            if path != first:
+                cell = first_sentence(path).replace("|", "\\|")
+                parts.append(f"| [{path.name}](../{path.relative_to(ROOT)}) | {cell} |")
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def first_sentence(path: Path) -> str:
+    """Returns the first sentence of a module's docstring, as Markdown."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    paragraph = " ".join(docstring.partition("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s", paragraph)[0].replace("``", "`")
+
+
+def internals_table() -> str:
+    """Returns a table of what the package needs of TensorFlow beyond its documented interface, each with its test."""
+    lines = ["| function | what it does | test |", "|---|---|---|"]
+    for node in ast.parse(INTERNALS.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            docstring = ast.get_docstring(node) or ""
+            summary = " ".join(docstring.partition("\n")[0].split()).replace("``", "`")
+            path, name = re.findall(r"``([^`]+)``", docstring.partition("Test: ")[2])
+            lines.append(f"| `{node.name}` | {summary} | [{Path(path).name}]({path}), `{name}` |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

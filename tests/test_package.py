@@ -1,10 +1,13 @@
-"""The package as a whole: its public names, its wheel, its size."""
+"""The package as a whole: its public names, its versions, its wheel."""
 
+import configparser
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -22,6 +25,29 @@ def test_public_names_exist_and_are_documented(name):
 
 def test_the_version_is_that_of_the_package():
     assert tf_gpt2.__version__ == importlib.metadata.version("tf_gpt2")
+
+
+@pytest.fixture(scope="module")
+def setup_cfg():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "keras"])
+def test_what_is_installed_is_what_setup_cfg_asks_for(name, setup_cfg):
+    requirements = setup_cfg["options"]["install_requires"]
+    major, minor, end = re.search(rf"^{name}>=(\d+)\.(\d+),<(\d+\.\d+)$", requirements, re.M).groups()
+    assert end == f"{major}.{int(minor) + 1}"  # one minor version
+    assert importlib.metadata.version(name).startswith(f"{major}.{minor}.")
+
+
+def test_all_tools_know_which_python_is_the_oldest(setup_cfg):
+    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", setup_cfg["options"]["python_requires"]).groups()
+    classifiers = re.findall(r"Python :: 3\.(\d+)$", setup_cfg["metadata"]["classifiers"], re.M)
+    assert [int(minor) for minor in classifiers] == list(range(int(low), int(high)))
+    assert setup_cfg["mypy"]["python_version"] == f"3.{low}"
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["target-version"] == f"py3{low}"
 
 
 def test_an_unknown_name_is_an_attribute_error():
