@@ -30,8 +30,7 @@ from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.generation.compiled import compiled, compiled_for
 from tf_gpt2.generation.loop import bucket, decode, grow, prefill
-from tf_gpt2.generation.options import make_limits, make_sampling
-from tf_gpt2.generation.prompts import pad
+from tf_gpt2.generation.options import make_limits, make_sampling, pad
 from tf_gpt2.model import formulas
 from tf_gpt2.model.arithmetic import xla
 from tf_gpt2.model.formulas import KeyValues, Past, Weights

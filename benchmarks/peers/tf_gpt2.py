@@ -13,8 +13,7 @@ import tensorflow as tf
 
 from benchmarks.peers.protocol import Generated, serve
 from tf_gpt2 import GPT2Model
-from tf_gpt2.generation.options import make_limits, make_sampling
-from tf_gpt2.generation.prompts import check_prompts, pad
+from tf_gpt2.generation.options import check_prompts, make_limits, make_sampling, pad
 from tf_gpt2.generation.run import Run
 from tf_gpt2.text.generator import DTYPES
 

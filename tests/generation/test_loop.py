@@ -17,7 +17,7 @@ from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.compiled import compiled, compiled_for
 from tf_gpt2.generation.generate import generate, make_limits, make_sampling
 from tf_gpt2.generation.loop import bucket, cache_sizes, decode, grow, prefill, step
-from tf_gpt2.generation.prompts import pad_rows
+from tf_gpt2.generation.options import pad_rows
 from tf_gpt2.generation.run import Run, compile_run
 from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.gpt2 import GPT2Model

@@ -12,6 +12,7 @@ from tf_gpt2.generation.options import (
     SamplingOptions,
     check_counts,
     check_max_new_tokens,
+    check_prompts,
     check_row,
     check_stride,
     check_top,
@@ -19,7 +20,6 @@ from tf_gpt2.generation.options import (
     make_sampling,
     pad_words,
 )
-from tf_gpt2.generation.prompts import check_prompts
 
 INF, NAN = math.inf, math.nan
 CONFIG = GPT2Config(n_vocab=9, n_ctx=12, n_embd=1, n_head=1, n_layer=1)

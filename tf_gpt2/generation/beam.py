@@ -21,8 +21,7 @@ from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.cache import Cache, as_cache, with_room
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import Limits, cache_sizes, is_stop
-from tf_gpt2.generation.options import check_counts, make_limits
-from tf_gpt2.generation.prompts import check_prompts, pad
+from tf_gpt2.generation.options import check_counts, check_prompts, make_limits, pad
 from tf_gpt2.generation.run import NO_NUMBERS
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model

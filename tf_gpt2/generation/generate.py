@@ -16,18 +16,20 @@ from tf_gpt2.generation.choose import Sampling
 from tf_gpt2.generation.lookup import LookupRun, check_lookup, is_large_enough
 from tf_gpt2.generation.loop import Limits
 from tf_gpt2.generation.options import (
+    SLIDE,
     SamplingOptions,
     check_counts,
     check_max_new_tokens,
     check_names,
+    check_prompts,
     check_top,
+    fit_prompts,
     make_limits,
     make_sampling,
+    pad,
     top_to_keep,
 )
-from tf_gpt2.generation.prompts import SLIDE, check_prompts, fit_prompts, pad
-from tf_gpt2.generation.result import GenerationResult, Timings, make_result, new_ids
-from tf_gpt2.generation.run import Run, SlidingRun, compile_run
+from tf_gpt2.generation.run import GenerationResult, Run, SlidingRun, Timings, compile_run, make_result, new_ids
 from tf_gpt2.model.gpt2 import GPT2Model
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Logits -> logits: bias, penalties and bans, which look at what a row has said so far.
 
 All settings are data, and what no row uses costs nothing but the question whether one does. Random rows and greedy ones
-are processed alike; what only makes sense for a draw is in ``sampling``. Knows nothing of models.
+are processed alike; what only makes sense for a draw is in ``choose``. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class History(NamedTuple):
 
 
 class Processing(NamedTuple):
-    """What to change; the definitions are in ``settings.SamplingOptions``.
+    """What to change; the definitions are in ``options.SamplingOptions``.
 
     Attributes:
         bias: float32 (V,), added to the logits of each row; -inf bans an id.

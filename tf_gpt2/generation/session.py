@@ -24,8 +24,8 @@ from tf_gpt2.generation.options import (
     check_row,
     make_limits,
     make_sampling,
+    pad,
 )
-from tf_gpt2.generation.prompts import pad
 from tf_gpt2.generation.run import Run
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network

@@ -15,8 +15,16 @@ from tqdm import tqdm
 
 from tf_gpt2.generation.generate import generate
 from tf_gpt2.generation.lookup import check_lookup
-from tf_gpt2.generation.options import RULES, SamplingOptions, check_counts, check_top, make_limits, make_sampling
-from tf_gpt2.generation.prompts import check_overflow, check_prompt
+from tf_gpt2.generation.options import (
+    RULES,
+    SamplingOptions,
+    check_counts,
+    check_overflow,
+    check_prompt,
+    check_top,
+    make_limits,
+    make_sampling,
+)
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.text.options import check_several, check_stops, check_text
 from tf_gpt2.text.pieces import Completion, has_stop, make_completions

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from tf_gpt2.generation.result import GenerationResult, Timings
+from tf_gpt2.generation.run import GenerationResult, Timings
 from tf_gpt2.tokenizer.encoder import Encoder
 
 UNKNOWN = sys.maxsize
