@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
+from asking import make_limits, make_sampling
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.options import (
@@ -16,8 +17,6 @@ from tf_gpt2.generation.options import (
     check_row,
     check_stride,
     check_top,
-    make_limits,
-    make_sampling,
     pad_words,
 )
 

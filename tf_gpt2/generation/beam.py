@@ -21,7 +21,7 @@ from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.cache import Cache, as_cache, with_room
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import Limits, cache_sizes, is_stop
-from tf_gpt2.generation.options import check_counts, check_prompts, make_limits, pad
+from tf_gpt2.generation.options import check_counts, check_prompts, check_stop_ids, make_limits, pad
 from tf_gpt2.generation.run import NO_NUMBERS
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -114,7 +114,7 @@ def beam_search(
         )
     check_comparison(length_penalty, early_stopping)
     search = Search(
-        limits=make_limits(rows, max_new_tokens, stop_ids, model.config),
+        limits=make_limits(rows, max_new_tokens, check_stop_ids(stop_ids, model.config), model.config),
         length_penalty=tf.constant(float(length_penalty)),
         ends_when_full=tf.constant(early_stopping is True),
         hopes_for_longest=tf.constant(early_stopping == "never" and length_penalty > 0),

@@ -236,23 +236,6 @@ class LookupRun(Run):
         return lookup.state
 
 
-def check_lookup(model: GPT2Model, *, prompt_lookup: bool, overflow: str, n_top: int = 0) -> None:
-    """Refuses look-up where it would be slower, and choose other tokens, or does not know what else is asked for.
-
-    Raises:
-        ValueError: in these cases.
-    """
-    if not prompt_lookup:
-        return
-    if overflow == "slide" or n_top:
-        raise ValueError("prompt_lookup must be False with top_logprobs and with overflow='slide'")
-    if model.quantization is not None or model.compute_dtype != "float32":
-        raise ValueError(
-            f"prompt_lookup must be False for a model that computes in {model.compute_dtype} with "
-            f"quantization={model.quantization!r}: it pays only in float32, without quantization"
-        )
-
-
 def is_large_enough(model: GPT2Model) -> bool:
     """Says whether look-up can make the model faster."""
     return model.config.n_params >= SMALLEST

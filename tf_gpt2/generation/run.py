@@ -17,7 +17,7 @@ from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.choose import Sampling
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import Limits, State, cache_sizes, decode, grow, is_active, prefill
-from tf_gpt2.generation.options import LARGEST_INT, pad, pad_rows, window_start
+from tf_gpt2.generation.options import LARGEST_INT, Request, pad, pad_rows, top_to_keep, window_start
 from tf_gpt2.model.gpt2 import GPT2Model
 
 NO_NUMBERS = (
@@ -33,9 +33,8 @@ class Run:
         model: the model.
         ids: int32 (B, T), right-padded, T a bucket.
         lengths: int32 (B,), at least 1.
-        sampling: how to choose, for the rows of the state.
+        sampling: how to choose, for B*N rows: the N samples of the first prompt, of the second, and so on.
         limits: when to end, for the same rows.
-        n_samples: how many rows to make of each prompt.
         n_top: how many of the likeliest ids to keep.
         jit_compile: whether XLA compiles.
 
@@ -55,16 +54,16 @@ class Run:
         sampling: Sampling,
         limits: Limits,
         *,
-        n_samples: int = 1,
         n_top: int = 0,
         jit_compile: bool,
     ):
+        n_rows = limits.lengths.shape[0]
         self.limits = limits
         self._sampling = sampling
-        self._decode_some = compiled(decode, model, jit_compile=jit_compile, n_rows=ids.shape[0] * n_samples)
+        self._decode_some = compiled(decode, model, jit_compile=jit_compile, n_rows=n_rows)
         self._sizes = sizes_for(ids, limits, model.config.n_ctx)
         self._n_slots = next(self._sizes)
-        self.state = compiled(prefill, model, jit_compile=jit_compile)(ids, lengths, n_samples, n_top)
+        self.state = compiled(prefill, model, jit_compile=jit_compile)(ids, lengths, n_rows // ids.shape[0], n_top)
 
     @property
     def goes_on(self) -> bool:
@@ -128,28 +127,15 @@ class SlidingRun:
     Args:
         model: the model.
         rows: B prompts of any length, int32.
-        sampling: how to choose.
-        stop_ids: int32 (K,), -1 for none.
-        max_new_tokens: most new tokens per row.
-        n_top: how many of the likeliest ids to keep beside each chosen one.
-        jit_compile: whether XLA compiles.
+        request: what is asked of them.
     """
 
-    def __init__(
-        self,
-        model: GPT2Model,
-        rows: list[np.ndarray],
-        sampling: Sampling,
-        stop_ids: tf.Tensor,
-        *,
-        max_new_tokens: int,
-        n_top: int,
-        jit_compile: bool,
-    ):
+    def __init__(self, model: GPT2Model, rows: list[np.ndarray], request: Request):
+        n_top = top_to_keep(request.top_logprobs, model.config)
         self._model = model
-        self._sampling = sampling
-        self._stop_ids = stop_ids
-        self._kept: Any = {"n_top": n_top, "jit_compile": jit_compile}
+        self._request = request
+        self._sampling = request.sampling_of(len(rows))
+        rows = [row for row in rows for _ in range(request.num_samples)]
         self._texts = {
             "ids": rows,
             "logprobs": [np.zeros(len(row), np.float32) for row in rows],
@@ -157,7 +143,7 @@ class SlidingRun:
             "top_logprobs": [np.zeros((len(row), n_top), np.float32) for row in rows],
         }
         self._prompt_lengths = lengths_of(rows)
-        self._ends = self._prompt_lengths + min(max_new_tokens, LARGEST_INT)  # (B,), int64
+        self._ends = self._prompt_lengths + min(request.max_new_tokens, LARGEST_INT)  # (B,), int64
         self._stopped = np.zeros(len(rows), bool)
         self._run = self._read()
 
@@ -202,8 +188,15 @@ class SlidingRun:
         sampling = self._sampling._replace(
             n_before=tf.constant(starts, tf.int32), n_new=tf.constant(lengths - self._prompt_lengths, tf.int32)
         )
-        limits = Limits(lengths=tf.constant(ends, tf.int32), stop_ids=self._stop_ids)
-        return Run(self._model, *pad(windows, self._model.config), sampling, limits, **self._kept)
+        limits = Limits(lengths=tf.constant(ends, tf.int32), stop_ids=tf.constant(self._request.stop_ids))
+        return Run(
+            self._model,
+            *pad(windows, self._model.config),
+            sampling,
+            limits,
+            n_top=top_to_keep(self._request.top_logprobs, self._model.config),
+            jit_compile=self._request.jit_compile,
+        )
 
     def _whole(self) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
         """Gives the whole texts, ids and what is kept at their places, and which rows have stopped."""
@@ -261,27 +254,36 @@ class GenerationResult:
 def make_result(
     state: State,
     rows: list[np.ndarray],
-    max_new_tokens: int,
-    top_logprobs: int,
+    n_unseen: list[int],
+    request: Request,
     is_complete: Callable[[list[int]], bool] | None,
     timings: Timings,
 ) -> GenerationResult:
-    """Cuts each row's new part out of the loop's last state."""
-    ids, logprobs = new_ids(state, rows), new_part(state.logprobs, state, rows)
-    reasons = [
-        "stop"
-        if stopped or (is_complete is not None and is_complete(row))
-        else "length"
-        if len(row) == max_new_tokens
-        else "context"
-        for row, stopped in zip(ids, state.stopped.numpy(), strict=True)
+    """Cuts each row's new part out of the loop's last state.
+
+    Args:
+        state: the last state, B rows.
+        rows: their prompts, as far as they are in the state.
+        n_unseen: for each prompt, before its samples, how many tokens the model did not see.
+        request: what was asked.
+        is_complete: as for ``generate``.
+        timings: how long it took.
+    """
+    ids = new_ids(state, rows)
+    stopped = [
+        bool(one) or (is_complete is not None and is_complete(row))
+        for row, one in zip(ids, state.stopped.numpy(), strict=True)
     ]
     return GenerationResult(
         ids=ids,
-        logprobs=logprobs,
-        finish_reasons=reasons,
-        top_logprobs=likeliest(state, rows, top_logprobs),
+        logprobs=new_part(state.logprobs, state, rows),
+        finish_reasons=[
+            "stop" if one else "length" if len(row) == request.max_new_tokens else "context"
+            for row, one in zip(ids, stopped, strict=True)
+        ],
+        top_logprobs=likeliest(state, rows, request.top_logprobs),
         timings=timings,
+        n_truncated=[n for n in n_unseen for _ in range(request.num_samples)],
     )
 
 

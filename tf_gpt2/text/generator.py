@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
 from tf_gpt2.checkpoint.load import find_folder, read_encoder_and_config
 from tf_gpt2.generation.beam import beam_search
-from tf_gpt2.generation.generate import stream, warm_up
-from tf_gpt2.generation.options import SamplingOptions, check_names
+from tf_gpt2.generation.generate import stream_row, warm_up
+from tf_gpt2.generation.options import SamplingOptions, check_counts, check_names, check_prompt, make_request
 from tf_gpt2.generation.scoring import Progress, Score, score
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.text.batches import check_texts, complete_many, encode_prompt
-from tf_gpt2.text.options import BeamOptions, CompletionOptions, check_stops, check_text
+from tf_gpt2.text.options import BeamOptions, CompletionOptions, check_several, check_stops, check_text
 from tf_gpt2.text.perplexity import Perplexity, measure_perplexity
 from tf_gpt2.text.pieces import Completion, TextPieces, texts_of
 from tf_gpt2.tokenizer.encoder import Encoder
@@ -215,22 +215,25 @@ class TextGenerator:
             ValueError: when an option is out of range, or there are no prompts.
         """
         check_names(options, self.complete_many)
-        return complete_many(
+        check_several("prompts", prompts)
+        stops = check_stops(stop)
+        (batch_size,) = check_counts(batch_size=batch_size)
+        request = make_request(
             self.model,
-            self.encoder,
-            prompts,
-            batch_size=batch_size,
-            progress=progress,
+            len(prompts) if isinstance(prompts, Sized) else None,
             max_new_tokens=max_new_tokens,
-            stop=stop,
             stop_ids=self.stop_ids(stop_at_end_of_text),
-            num_samples=num_samples,
+            num_samples=1 if num_samples is None else num_samples,
             top_logprobs=top_logprobs,
             overflow=overflow,
-            jit_compile=jit_compile,
             prompt_lookup=prompt_lookup,
+            jit_compile=jit_compile,
             **options,
         )
+        completions = complete_many(
+            self.model, self.encoder, prompts, request, stops=stops, batch_size=batch_size, progress=progress
+        )
+        return (only for (only,) in completions) if num_samples is None else completions
 
     def stream(
         self,
@@ -272,17 +275,18 @@ class TextGenerator:
         check_text("prompt", prompt)
         check_names(options, self.stream)
         pieces = TextPieces(self.encoder, check_stops(stop))
-        chunks = stream(
+        row = check_prompt("prompts[0]", self.encode_prompt(prompt), self.model.config, overflow=overflow)
+        request = make_request(
             self.model,
-            self.encode_prompt(prompt),
+            1,
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids(stop_at_end_of_text),
             overflow=overflow,
-            jit_compile=jit_compile,
             prompt_lookup=prompt_lookup,
+            jit_compile=jit_compile,
             **options,
         )
-        return pieces.texts(chunks)
+        return pieces.texts(stream_row(self.model, row, request))
 
     @overload
     def beam_search(  # type: ignore[overload-overlap]

@@ -43,12 +43,10 @@ class Completion:
 
 
 def make_completions(
-    encoder: Encoder, result: GenerationResult, stops: Sequence[str], num_samples: int | None
-) -> list[Completion] | list[list[Completion]]:
-    """Makes the text of each prompt, or, where a number of samples was asked for, the list of its texts."""
+    encoder: Encoder, result: GenerationResult, stops: Sequence[str], num_samples: int
+) -> list[list[Completion]]:
+    """Makes the texts of each prompt, as many as it has samples."""
     rows = [make_completion(encoder, result, row, stops) for row in range(len(result.ids))]
-    if num_samples is None:
-        return rows
     return [rows[start : start + num_samples] for start in range(0, len(rows), num_samples)]
 
 
