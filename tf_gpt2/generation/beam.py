@@ -22,7 +22,7 @@ from tf_gpt2.generation.cache import Cache, as_cache, with_room
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import Limits, cache_sizes, is_stop
 from tf_gpt2.generation.options import check_counts, check_prompts, check_stop_ids, make_limits, pad
-from tf_gpt2.generation.run import NO_NUMBERS
+from tf_gpt2.generation.run import NO_NUMBERS, finish_reason
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network
@@ -148,10 +148,7 @@ def make_result(
         result.ids.append([ids[len(row) : end].tolist() for ids, end, _, _ in best])
         result.scores.append([float(score) for _, _, score, _ in best])
         result.finish_reasons.append(
-            [
-                "stop" if stopped else "length" if end - len(row) == max_new_tokens else "context"
-                for _, end, _, stopped in best
-            ]
+            [finish_reason(stopped, end - len(row), max_new_tokens) for _, end, _, stopped in best]
         )
     return result
 

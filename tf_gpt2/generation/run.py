@@ -271,20 +271,26 @@ def make_result(
     """
     ids = new_ids(state, rows)
     stopped = [
-        bool(one) or (is_complete is not None and is_complete(row))
-        for row, one in zip(ids, state.stopped.numpy(), strict=True)
+        one or (is_complete is not None and is_complete(row))
+        for row, one in zip(ids, state.stopped.numpy().tolist(), strict=True)
     ]
     return GenerationResult(
         ids=ids,
         logprobs=new_part(state.logprobs, state, rows),
         finish_reasons=[
-            "stop" if one else "length" if len(row) == request.max_new_tokens else "context"
-            for row, one in zip(ids, stopped, strict=True)
+            finish_reason(one, len(row), request.max_new_tokens) for row, one in zip(ids, stopped, strict=True)
         ],
         top_logprobs=likeliest(state, rows, request.top_logprobs),
         timings=timings,
         n_truncated=[n for n in n_unseen for _ in range(request.num_samples)],
     )
+
+
+def finish_reason(stopped: bool, n_new: int, max_new_tokens: int) -> str:
+    """Returns why a row ended that has so many new tokens: ``"stop"``, ``"length"`` or else ``"context"``."""
+    if stopped:
+        return "stop"
+    return "length" if n_new == max_new_tokens else "context"
 
 
 def new_ids(state: State, rows: list[np.ndarray]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.generate import in_pieces
 from tf_gpt2.generation.loop import Limits, State, cache_sizes, grow, with_own_cache
 from tf_gpt2.generation.options import Request, SamplingOptions, check_names, check_row, make_request, pad
-from tf_gpt2.generation.run import Run
+from tf_gpt2.generation.run import Run, finish_reason
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network
 
@@ -75,6 +75,11 @@ class GrowingRun(Run):
         self._sampling, self.limits = sampling, limits
         # the last of the tokens that are kept has not been fed yet
         self.state = self._read(state, tf.constant(n_kept - 1))
+
+    def finish_reason(self, max_new_tokens: int) -> str:
+        """Returns why the row has ended."""
+        n_new = int(self.state.lengths[0] - self.state.prompt_lengths[0])
+        return finish_reason(bool(self.state.stopped[0]), n_new, max_new_tokens)
 
     def _plan(self, state: State) -> None:
         """Plans few sizes of the cache, whatever one turn may need: each of them compiles."""
@@ -179,12 +184,12 @@ class Session:
             ids += new_ids
             self._remember(ids)
             if not run.goes_on:
-                self.finish_reason = reason_of(run, len(ids) - len(whole), request.max_new_tokens)
+                self.finish_reason = run.finish_reason(request.max_new_tokens)
             yield new_ids
             if turn != self.turn:  # another turn ends this one, and so does ``keep``
                 return
         self._remember(ids)
-        self.finish_reason = reason_of(run, len(ids) - len(whole), request.max_new_tokens)
+        self.finish_reason = run.finish_reason(request.max_new_tokens)
 
     def keep(self, n_tokens: int) -> None:
         """Forgets all but the first tokens, and ends the turn under way."""
@@ -224,8 +229,3 @@ class Session:
             run.extend(n_kept, whole[n_kept:].tolist(), sampling, limits)
             self.n_read += len(whole) - n_kept + 1
         return run
-
-
-def reason_of(run: Run, n_new: int, max_new_tokens: int) -> str:
-    """Computes why a run of one row ended."""
-    return "stop" if run.state.stopped[0] else "length" if n_new == max_new_tokens else "context"
