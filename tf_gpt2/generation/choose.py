@@ -23,7 +23,7 @@ FILTERS = TOP_K, TOP_P, TYPICAL_P = range(3)
 LEAST_P = 1e-9
 """The likeliest token has more in any vocabulary; processors take 1e-40 for 0."""
 MARGIN = 0.9
-"""Makes up for rounding."""
+"""Safety factor against float32 rounding of the bound in ``how_many_to_sort``."""
 
 
 class Sampling(NamedTuple):
@@ -109,7 +109,7 @@ def filter_logits(logits: tf.Tensor, sampling: Sampling, ops: Ops) -> tf.Tensor:
 
 
 def temperature_of(sampling: Sampling) -> tf.Tensor:
-    """Gives what to divide logits by, float32 (B,); 1 for rows that take the likeliest id."""
+    """Returns what to divide logits by, float32 (B,); 1 for rows that take the likeliest id."""
     # no logit overflows when divided by 1e-30, and a temperature below it draws as it does
     return tf.where(sampling.temperature > 0, tf.maximum(sampling.temperature, 1e-30), 1.0)
 
@@ -157,7 +157,7 @@ class Cut(NamedTuple):
         )
 
     def keeps(self, logits: tf.Tensor) -> tf.Tensor:
-        """Says what remains: float32 (B, V) -> bool (B, V)."""
+        """Computes what remains: float32 (B, V) -> bool (B, V)."""
         n_vocab = logits.shape[-1]
         probs = tf.exp(tf.nn.log_softmax(logits))  # oneDNN's softmax takes longer to begin
         n = self.how_many_to_sort(probs)
@@ -177,10 +177,10 @@ class Cut(NamedTuple):
         return kept
 
     def how_many_to_sort(self, probs: tf.Tensor) -> tf.Tensor:
-        """Says how many of the likeliest hold what remains: float32 (B, V) -> int32 ().
+        """Computes how many of the likeliest hold what remains: float32 (B, V) -> int32 ().
 
-        If n tokens have more than p together, those of them that have less than an n-th of what is over are not needed.
-        So much is said of all tokens first, then of those that were left.
+        If n tokens hold mass m > p, any of them with less than (m - p) / n can be dropped, and p is still reached. The
+        bound is applied twice: to all tokens, then to those it left.
         """
         n_vocab = probs.shape[-1]
         is_likely = probs >= (1 - self.p) / n_vocab

@@ -1,6 +1,6 @@
 """``generate`` and ``stream``: lists of ids in, lists of new ids out, at the end or as they come.
 
-Checks what the user gives, and runs the compiled loop. Knows nothing of text.
+Checks what the user asks, and runs the compiled loop. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def generate(
         prompts: B lists of ids, of any lengths from 1 to ``n_ctx - 1``; see ``overflow`` for longer ones.
         max_new_tokens: most new tokens per row, at least 0.
         stop_ids: ids that end a row.
-        is_complete: says of a row's new ids whether the row may end. It is asked now and then, so the row may have some
-            more ids than it wants.
+        is_complete: returns for a row's new ids whether the row may end. It is called each ``CHUNK`` steps, so a row
+            may get some more ids than it needs.
         num_samples: how many texts per prompt, which is read only once. The result has the samples of the first
             prompt, those of the second, and so on. A prompt's samples have its options, but its seed, the next seed,
-            and so on: each is what a call with that seed gives.
-        top_logprobs: how many of the likeliest ids to tell beside each new id, at most ``n_vocab``. Up to 8 compile
+            and so on: each is what a call with that seed returns.
+        top_logprobs: how many of the likeliest ids to return beside each new id, at most ``n_vocab``. Up to 8 compile
             once, up to 16 once more, and so on.
         overflow: what to do with a row that is too long for the window. ``"error"`` refuses a prompt that leaves no
             room, and ends a row when the window is full. ``"truncate"`` keeps so much of the prompt's end, at least one
@@ -152,9 +152,9 @@ def stream(
     prompt_lookup: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> Iterator[list[int]]:
-    """Continues one prompt, and gives new ids as they come: the first at once, later ones several at a time.
+    """Continues one prompt, and yields new ids as they come: the first at once, later ones several at a time.
 
-    Together they are what ``generate`` gives. Nothing is computed while nobody asks for more.
+    Together they are what ``generate`` returns. Nothing is computed while nobody asks for more.
 
     Args:
         model: the model.
@@ -209,7 +209,7 @@ def start_run(model: GPT2Model, prompts: list[np.ndarray], request: Request) -> 
 
 
 def in_pieces(run: Run | SlidingRun, n_known: int) -> Iterator[list[int]]:
-    """Gives the ids behind the first ``n_known`` of one row as they come: the first alone, then more at a time."""
+    """Yields the ids behind the first ``n_known`` of one row as they come: the first alone, then more at a time."""
     n_steps = 1
     while True:
         ids = run.state.ids.numpy()[0, n_known : length_of(run)].tolist()
@@ -225,7 +225,7 @@ def in_pieces(run: Run | SlidingRun, n_known: int) -> Iterator[list[int]]:
 
 
 def length_of(run: Run | SlidingRun) -> int:
-    """Gives the number of tokens of the first row; by way of NumPy, as slicing a tensor takes longer."""
+    """Returns the number of tokens of the first row; by way of NumPy, as slicing a tensor takes longer."""
     return int(run.state.lengths.numpy()[0])
 
 

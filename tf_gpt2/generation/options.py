@@ -1,6 +1,6 @@
 """What a user asks of generation -> checked values; prompts -> checked rows, cut to the window if asked, padded.
 
-Every refusal names the argument, what it got and what it wants. Knows nothing of text and of how tokens are chosen.
+Every error names the argument, the value and what is wanted. Knows nothing of text and of how tokens are chosen.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 STOP_IDS_BUCKET = 8
+"""Stop ids are padded to 8, 16, … ids: another number of them compiles anew."""
 TOP_BUCKET = 8
+"""The likeliest ids are kept 8, 16, … at a time, for the same reason."""
 WORDS_BUCKET, WORD_LENGTH_BUCKET = 8, 4
+"""Bad words are padded to 8, 16, … words of 4, 8, … ids, for the same reason."""
 LARGEST_INT = np.iinfo(np.int32).max
+"""Larger integers mean the same: no row is so long, no vocabulary so large."""
 LARGEST_BIAS = 1e6
+"""A logit far above all others that still adds up without overflow in float32."""
 OVERFLOWS = ERROR, TRUNCATE, SLIDE = "error", "truncate", "slide"
-"""What to do with a text that is too long for the window; ``generate`` says what each means."""
+"""What to do with a text that is too long for the window; ``generate`` defines them."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -83,7 +88,7 @@ class Rule(NamedTuple):
     Attributes:
         default: the value that changes nothing.
         dtype: to check it in: float32, or for integers int64, or object where they may be larger.
-        holds: says for each value of an array, or of a tensor, whether it is right.
+        holds: returns for each value of an array, or of a tensor, whether it is right.
         wanted: the same in words, after "must be".
     """
 
@@ -259,15 +264,15 @@ def check_sampling(
     n_prompts: int | None, config: GPT2Config, n_samples: int = 1, **options: Unpack[SamplingOptions]
 ) -> SamplingValues:
     """Checks how to choose; options that all rows share become one table with a number per id."""
-    given: dict[str, Any] = dict(options)
+    asked: dict[str, Any] = dict(options)
     if n_prompts is None:
-        n_prompts = next((len(value) for name, value in given.items() if name in RULES and has_values(value)), 1)
+        n_prompts = next((len(value) for name, value in asked.items() if name in RULES and has_values(value)), 1)
     per_prompt = {
-        name: check_values(name, given.get(name, rule.default), n_prompts, rule) for name, rule in RULES.items()
+        name: check_values(name, asked.get(name, rule.default), n_prompts, rule) for name, rule in RULES.items()
     }
     check_sample_seeds(per_prompt["seed"], n_samples)
-    words = check_words(given.get("bad_words_ids", ()), config)
-    bias = make_bias(given.get("logit_bias", {}), given.get("suppress", ()), words, config)
+    words = check_words(asked.get("bad_words_ids", ()), config)
+    bias = make_bias(asked.get("logit_bias", {}), asked.get("suppress", ()), words, config)
     return SamplingValues(per_prompt=per_prompt, bias=bias, bad_words=pad_words(words))
 
 
@@ -279,7 +284,7 @@ def check_sample_seeds(seeds: np.ndarray, n_samples: int) -> None:
 
 
 def check_names(options: Mapping[str, Any], *functions: Callable[..., Any], without: Sequence[str] = ()) -> None:
-    """Refuses what is neither in ``SamplingOptions`` nor an argument by name of the functions that take them."""
+    """Raises TypeError unless each name is in ``SamplingOptions`` or is a keyword argument of one of the functions."""
     if options.keys() <= SamplingOptions.__annotations__.keys():
         return
     parameters = [parameter for one in functions for parameter in inspect.signature(one).parameters.values()]
@@ -312,7 +317,7 @@ def check_values(name: str, value: object, n_prompts: int, rule: Rule) -> np.nda
 
 
 def numbers(value: object) -> np.ndarray | None:
-    """Converts numbers of any types to float32; returns ``None`` when one is none, or is a bool."""
+    """Converts numbers of any types to float32; returns ``None`` when a value is not a number, or is a bool."""
     try:
         array = np.asarray(value)
         has_bool = any(isinstance(x, (bool, np.bool_)) for x in np.asarray(value, object).flat)
@@ -325,7 +330,7 @@ def numbers(value: object) -> np.ndarray | None:
 
 
 def integers(value: object, dtype: type) -> np.ndarray | None:
-    """Converts integers of any types, one by one, to one dtype; returns ``None`` when one is none, or does not fit."""
+    """Converts integers of any types, one by one, to one dtype; returns ``None`` when one is no integer, or too large."""
     try:
         array = np.asarray(value, object)
         converted = [integer_of(x) for x in array.flat]
@@ -337,7 +342,7 @@ def integers(value: object, dtype: type) -> np.ndarray | None:
 def integer_of(value: object) -> int | None:
     """Converts an integer of Python, NumPy or TensorFlow to Python's; returns ``None`` for all else, bool included.
 
-    Compare and count with what this returns: small types overflow, and tensors refuse numbers of other types.
+    Compare and count with the returned integer: small types overflow, and tensors refuse numbers of other types.
     """
     if type(value) is int:
         return value
@@ -361,14 +366,14 @@ def items_of(values: object) -> list[Any] | None:
 
 
 def in_32_bits(array: np.ndarray) -> np.ndarray:
-    """Takes an integer beyond int32 for the largest there: no row is so long, no vocabulary so large."""
+    """Converts int64 to int32, and what is too large to the largest there; leaves other dtypes as they are."""
     return np.minimum(array, LARGEST_INT).astype(np.int32) if array.dtype == np.int64 else array
 
 
 def make_bias(
     logit_bias: Mapping[int, float], suppress: Iterable[int], words: list[list[int]], config: GPT2Config
 ) -> np.ndarray:
-    """Gives what is added to each id's logit, float32 (V,): -inf for what is never said."""
+    """Returns what is added to each id's logit, float32 (V,): -inf for ids that are never said."""
     if not isinstance(logit_bias, Mapping):
         raise TypeError(f"logit_bias must be a dict from ids to numbers, got {logit_bias!r}")
     ids = check_ids("logit_bias", list(logit_bias), config)
@@ -390,7 +395,7 @@ def make_bias(
 
 
 def check_words(words: Iterable[Sequence[int]], config: GPT2Config) -> list[list[int]]:
-    """Checks the sequences that are not to be said."""
+    """Returns the sequences that are not to be said as lists of ids."""
     listed = items_of(words)
     if listed is None:
         raise TypeError(f"bad_words_ids must be a list of lists of ids, got {words!r}")
@@ -403,7 +408,7 @@ def check_words(words: Iterable[Sequence[int]], config: GPT2Config) -> list[list
 def pad_words(words: list[list[int]]) -> np.ndarray:
     """Puts the sequences of two ids and more into int32 (N, M), ends aligned, -1 elsewhere.
 
-    Powers of two, since another shape compiles anew.
+    N and M are powers of two, since another shape compiles anew.
     """
     longer = [word for word in words if len(word) > 1]
     shape = power_of_two(len(longer), WORDS_BUCKET), power_of_two(max(map(len, longer), default=0), WORD_LENGTH_BUCKET)
@@ -419,7 +424,7 @@ def power_of_two(number: int, smallest: int) -> int:
 
 
 def check_ids(name: str, ids: Iterable[int], config: GPT2Config) -> list[int]:
-    """Checks a list of ids of any integer type."""
+    """Returns ids of any integer type as Python's integers; each must be in the vocabulary."""
     listed = items_of(ids)
     checked = [] if listed is None else [i for i in map(integer_of, listed) if i is not None]
     if listed is None or len(checked) < len(listed):
@@ -447,7 +452,7 @@ def check_row(name: str, ids: Sequence[int], config: GPT2Config) -> np.ndarray:
 
 
 def check_counts(**counts: object) -> list[int]:
-    """Returns the integers as Python's, in order; refuses what is no integer from 1 on."""
+    """Returns the values as Python's integers, in order; raises ValueError unless each is an integer of at least 1."""
     checked = []
     for name, value in counts.items():
         count = integer_of(value)
@@ -479,7 +484,7 @@ def check_stride(stride: object, config: GPT2Config) -> int:
 
 
 def check_max_new_tokens(max_new_tokens: object) -> int:
-    """Returns an integer of any type as Python's; refuses what is none from 0 on."""
+    """Returns an integer of any type as Python's; raises TypeError or ValueError unless it is at least 0."""
     n = integer_of(max_new_tokens)
     if n is None:
         raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
@@ -512,7 +517,7 @@ def fit_rows(rows: list[np.ndarray], request: Request, config: GPT2Config) -> tu
 
 
 def window_start(length: int, n_ctx: int) -> int:
-    """Says where the window begins from which the token behind a text of ``length`` is chosen.
+    """Computes where the window begins from which the token behind a text of ``length`` is chosen.
 
     It moves on by half as soon as it is full, and so depends on the text's length alone, not on what was read when.
     """
@@ -521,7 +526,7 @@ def window_start(length: int, n_ctx: int) -> int:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], config: GPT2Config, *, overflow: str = ERROR) -> list[np.ndarray]:
-    """Checks the prompts and gives them as arrays; longer ones than the window only where ``overflow`` has a use."""
+    """Returns the prompts as arrays; those longer than the window pass only if ``overflow`` can handle them."""
     listed = items_of(prompts) if hasattr(prompts, "__len__") else None
     if not listed:
         raise ValueError(f"prompts must be a non-empty list of lists of ids, got {prompts!r}")
@@ -529,7 +534,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: GPT2Config, *, overf
 
 
 def check_prompt(name: str, prompt: Sequence[int], config: GPT2Config, *, overflow: str) -> np.ndarray:
-    """Checks one prompt and gives it as int32 (T,)."""
+    """Checks one prompt and returns it as int32 (T,)."""
     row = check_row(name, prompt, config)
     if row.size == 0:
         raise ValueError(f"{name} is empty; start from the id of <|endoftext|> for text from nothing")
@@ -542,13 +547,13 @@ def check_prompt(name: str, prompt: Sequence[int], config: GPT2Config, *, overfl
 
 
 def check_overflow(overflow: str) -> None:
-    """Refuses what is none of ``OVERFLOWS``."""
+    """Raises ValueError unless ``overflow`` is one of ``OVERFLOWS``."""
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow must be one of {', '.join(OVERFLOWS)}, got {overflow!r}")
 
 
 def pad(rows: list[np.ndarray], config: GPT2Config) -> tuple[tf.Tensor, tf.Tensor]:
-    """Gives ragged rows as int32 (B, T), T a bucket, and their lengths, (B,)."""
+    """Returns ragged rows as int32 (B, T), T a bucket, and their lengths, int32 (B,)."""
     longest = max(map(len, rows))
     return tf.constant(pad_rows(rows, bucket(longest, config.n_ctx))), tf.constant([len(row) for row in rows], tf.int32)
 

@@ -127,7 +127,7 @@ def ban(logits: tf.Tensor, processing: Processing, history: History, stop_ids: t
 
 
 def ends_ngram(sizes: tf.Tensor, history: History) -> tf.Tensor:
-    """Says at which places a row has an id that, said next, would end an n-gram said before, the prompt included.
+    """Computes at which places a row has an id that, said next, would end an n-gram said before, the prompt included.
 
     Args:
         sizes: int32 (B,); 0 for no place.
@@ -155,7 +155,7 @@ def ends_ngram(sizes: tf.Tensor, history: History) -> tf.Tensor:
 
 
 def bad_ends(bad_words: tf.Tensor, history: History) -> tuple[tf.Tensor, tf.Tensor]:
-    """Gives the last id of each sequence, and whether the row ends with its other ids: int32 (B, N), bool (B, N).
+    """Returns the last id of each sequence, and whether the row ends with its other ids: int32 (B, N), bool (B, N).
 
     Source: Hugging Face's ``NoBadWordsLogitsProcessor``.
     """

@@ -35,7 +35,7 @@ class Run:
         lengths: int32 (B,), at least 1.
         sampling: how to choose, for B*N rows: the N samples of the first prompt, of the second, and so on.
         limits: when to end, for the same rows.
-        n_top: how many of the likeliest ids to keep.
+        n_top: how many of the likeliest ids to keep beside each chosen one.
         jit_compile: whether XLA compiles.
 
     Attributes:
@@ -103,12 +103,12 @@ def compile_run(
 
 
 def sizes_for(ids: tf.Tensor, limits: Limits, n_ctx: int) -> Iterator[int]:
-    """Returns the sizes of the cache from the prompts to the end: the last token is never fed, and needs no slot."""
+    """Returns the sizes of the cache from the prompts to the end: the last token is never fed, so it needs no slot."""
     return cache_sizes(ids.shape[1], int(tf.reduce_max(limits.lengths)) - 1, n_ctx)
 
 
 def refuse_nan(state: State) -> State:
-    """Returns a state; refuses one of a model whose logits are not numbers, as its ids mean nothing."""
+    """Returns the state; raises ParamsError when the logits were not numbers, as the ids then mean nothing."""
     if np.isnan(state.logprobs.numpy()).any():
         raise ParamsError(NO_NUMBERS)
     return state
@@ -199,7 +199,7 @@ class SlidingRun:
         )
 
     def _whole(self) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
-        """Gives the whole texts, ids and what is kept at their places, and which rows have stopped."""
+        """Returns the whole texts, ids and what is kept at their places, and which rows have stopped."""
         state = self._run.state
         n_read, lengths = state.prompt_lengths.numpy(), state.lengths.numpy()
 
@@ -212,7 +212,7 @@ class SlidingRun:
 
 
 def lengths_of(rows: list[np.ndarray]) -> np.ndarray:
-    """Gives the rows' lengths, int64 (B,)."""
+    """Returns the rows' lengths, int64 (B,)."""
     return np.array([len(row) for row in rows])
 
 
@@ -220,8 +220,8 @@ class Timings(NamedTuple):
     """Durations of one call.
 
     Attributes:
-        prefill_s: until the prompts were read.
-        decode_s: for the new tokens.
+        prefill_s: seconds until the prompts were read.
+        decode_s: seconds for the new tokens.
     """
 
     prefill_s: float
@@ -230,12 +230,12 @@ class Timings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GenerationResult:
-    """What ``generate`` gives, one entry per prompt, or per sample of it.
+    """What ``generate`` returns, one entry per prompt, or per sample of it, those of the first prompt first.
 
     Attributes:
         ids: the new ids only, without the stop id.
         logprobs: natural logarithms of the new ids' probabilities under the unmodified model.
-        finish_reasons: ``"length"`` after ``max_new_tokens``, ``"stop"`` at a stop id or where ``is_complete`` said so,
+        finish_reasons: ``"length"`` after ``max_new_tokens``, ``"stop"`` at a stop id or if ``is_complete`` was true,
             ``"context"`` when the window was full.
         top_logprobs: for each new id ``(id, logprob)`` pairs of the likeliest ids under the unmodified model, the
             likeliest first, of equals the lower id; empty where none were asked for.
@@ -294,18 +294,18 @@ def finish_reason(stopped: bool, n_new: int, max_new_tokens: int) -> str:
 
 
 def new_ids(state: State, rows: list[np.ndarray]) -> list[list[int]]:
-    """Gives each row's ids behind its prompt."""
+    """Returns each row's ids behind its prompt."""
     return new_part(state.ids, state, rows)
 
 
 def new_part(part: tf.Tensor, state: State, rows: list[np.ndarray]) -> list[list[Any]]:
-    """Gives what a part of the state has behind each row's prompt."""
+    """Returns what a part of the state has behind each row's prompt."""
     ends = state.lengths.numpy()
     return [one[len(row) : end].tolist() for one, row, end in zip(part.numpy(), rows, ends, strict=True)]
 
 
 def likeliest(state: State, rows: list[np.ndarray], n: int) -> list[list[list[tuple[int, float]]]]:
-    """Gives the ``n`` likeliest ids at each new id's place, with their log-probabilities."""
+    """Returns the ``n`` likeliest ids at each new id's place, with their log-probabilities."""
     if n == 0:
         return [[] for _ in rows]
     parts = [new_part(part[..., :n], state, rows) for part in (state.top_ids, state.top_logprobs)]

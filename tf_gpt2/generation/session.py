@@ -134,9 +134,9 @@ class Session:
         stop_ids: Sequence[int] = (),
         **options: Unpack[SamplingOptions],
     ) -> Iterator[list[int]]:
-        """Appends ids and continues; gives the new ids as they come, and remembers those that were given.
+        """Appends ids and continues; yields the new ids as they come, and remembers those that were yielded.
 
-        Who stops asking for more, or is interrupted, ends the turn there.
+        Closing the iterator, or an interrupt, ends the turn there.
 
         Args:
             ids: the user's; may be empty when there is something to continue.
@@ -197,7 +197,7 @@ class Session:
         self.show(n_tokens)
 
     def show(self, n_tokens: int, then: Sequence[int] = ()) -> None:
-        """Lets ``ids`` be the first tokens only, for a turn under way until it gives more.
+        """Lets ``ids`` be the first tokens only, for a turn under way until it yields more.
 
         Args:
             n_tokens: how many stay.

@@ -112,7 +112,7 @@ class TextGenerator:
         """Continues a text, or any number of texts; returns the new text only.
 
         Args:
-            prompts: one str, or several: a list, or what gives one after the other, such as a generator.
+            prompts: one str, or several: a list, or any iterable such as a generator.
             num_samples: how many texts per prompt.
             **options: as for ``complete_many``: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop``, …
 
@@ -142,7 +142,7 @@ class TextGenerator:
     def complete(
         self, prompts: str | Iterable[str], *, num_samples: int | None = None, **options: Unpack[CompletionOptions]
     ) -> Completion | Sequence[Completion | list[Completion]]:
-        """Continues a text, or any number of texts, and says how: ids, log-probabilities, why it ended, durations.
+        """Continues a text, or any number of texts; returns ids, log-probabilities, finish reasons and durations, too.
 
         Args:
             prompts: one str, or several.
@@ -183,12 +183,12 @@ class TextGenerator:
         prompt_lookup: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Completion] | Iterator[list[Completion]]:
-        """Continues any number of texts, and gives the completions in the order of the prompts, as they are done.
+        """Continues any number of texts; yields the completions in the order of the prompts, as they are done.
 
         Text from nothing (``""``) starts after ``<|endoftext|>``, as between two documents of the training text.
 
-        A list is checked as a whole first; what another iterable gives is read as it is needed, some batches ahead, and
-        what comes before a wrong prompt is completed before its error is raised.
+        A list is checked as a whole first; another iterable is read as it is needed, some batches ahead, and
+        the prompts before a wrong one are completed before its error is raised.
         Memory does not grow with the number of prompts. A text does not depend on how the batches are cut.
 
         Args:
@@ -198,7 +198,7 @@ class TextGenerator:
             stop_at_end_of_text: end a text where the model puts ``<|endoftext|>``.
             num_samples: how many texts per prompt, which is read only once; the first has the prompt's seed, the second
                 the next seed, and so on. Each completion is then a list of so many, even of 1.
-            top_logprobs: how many of the likeliest ids to tell beside each new id.
+            top_logprobs: how many of the likeliest ids to return beside each new id.
             overflow: what to do with a text that is too long for the window: ``"error"`` refuses a prompt that leaves
                 no room, and ends the text when the window is full; ``"truncate"`` drops the prompt's beginning
                 (``Completion.n_truncated``); ``"slide"`` goes on in a new window, see ``tf_gpt2.generate``.
@@ -247,9 +247,9 @@ class TextGenerator:
         prompt_lookup: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
-        """Continues a text, and gives the new text in pieces, each as soon as it is certain.
+        """Continues a text; yields the new text in pieces, each as soon as it is certain.
 
-        Joined they are what ``generate`` gives. Nothing is computed while nobody asks for more.
+        Joined they are what ``generate`` returns. Nothing is computed while nobody asks for more.
 
         Args:
             prompt: one str.
@@ -324,7 +324,7 @@ class TextGenerator:
         return answer(prompts, search)
 
     def stop_ids(self, stop_at_end_of_text: bool) -> list[int]:
-        """Gives the ids that end a text."""
+        """Returns the ids that end a text."""
         end = self.encoder.end_of_text
         return [end] if stop_at_end_of_text and end is not None else []
 
@@ -343,7 +343,7 @@ class TextGenerator:
         warm_up(self.model, prompt_length=prompt_length, max_new_tokens=max_new_tokens, n_prompts=n_prompts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Gives a prompt's ids, ``<|endoftext|>`` for an empty one."""
+        """Returns a prompt's ids, ``<|endoftext|>`` for an empty one."""
         return encode_prompt(self.encoder, text)
 
     @overload
