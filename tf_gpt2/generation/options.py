@@ -330,7 +330,7 @@ def numbers(value: object) -> np.ndarray | None:
 
 
 def integers(value: object, dtype: type) -> np.ndarray | None:
-    """Converts integers of any types, one by one, to one dtype; returns ``None`` when one is no integer, or too large."""
+    """Converts integers of any types, one by one, to a dtype; returns ``None`` when one is no integer or too large."""
     try:
         array = np.asarray(value, object)
         converted = [integer_of(x) for x in array.flat]
