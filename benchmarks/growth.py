@@ -30,8 +30,7 @@ from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.generation.compiled import compiled, compiled_for
 from tf_gpt2.generation.loop import bucket, decode, grow, prefill
-from tf_gpt2.generation.options import make_limits, make_sampling
-from tf_gpt2.generation.prompts import pad
+from tf_gpt2.generation.options import make_request, pad
 from tf_gpt2.model import formulas
 from tf_gpt2.model.arithmetic import xla
 from tf_gpt2.model.formulas import KeyValues, Past, Weights
@@ -89,8 +88,8 @@ def parse_arguments() -> argparse.Namespace:
 def timed_steps(model: GPT2Model, batch: int, context: int, part: str = "nothing") -> Timed:
     """Compiles steps that end at ``context`` tokens, with a part left out; gives what times them."""
     rows = [np.arange(context - STEPS, dtype=np.int32) % model.config.n_vocab] * batch
-    sampling = make_sampling(batch, model.config)
-    limits = make_limits(rows, STEPS, (), model.config)
+    request = make_request(model, batch, max_new_tokens=STEPS)
+    sampling, limits = request.sampling_of(batch), request.limits_of(rows, model.config)
     state = compiled(prefill, model, jit_compile=True)(*pad(rows, model.config))
     state = grow(state, bucket(context, model.config.n_ctx))
     with PARTS[part]():

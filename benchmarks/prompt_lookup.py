@@ -32,9 +32,9 @@ from tf_gpt2 import GPT2Model, TextGenerator
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.config import SIZES
-from tf_gpt2.generation.generate import check_prompts, generate, pad
+from tf_gpt2.generation.generate import generate
 from tf_gpt2.generation.lookup import LookupRun
-from tf_gpt2.generation.options import make_limits, make_sampling
+from tf_gpt2.generation.options import check_prompts, make_request, pad
 from tf_gpt2.text.generator import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "prompt_lookup.json"
@@ -141,10 +141,9 @@ def measure(
 
 def count_passes(model: GPT2Model, prompts: list[list[int]], asked: dict[str, Any]) -> int:
     """Counts passes with look-up, the one that reads the prompt included; as if no model were too small."""
-    options = {name: value for name, value in asked.items() if name != "max_new_tokens"}
     rows = check_prompts(prompts, model.config)
-    sampling = make_sampling(len(rows), model.config, **options)
-    limits = make_limits(rows, asked["max_new_tokens"], (), model.config)
+    request = make_request(model, len(rows), **asked)
+    sampling, limits = request.sampling_of(len(rows)), request.limits_of(rows, model.config)
     run = LookupRun(model, *pad(rows, model.config), sampling, limits, jit_compile=True)
     while run.goes_on:
         run.advance(model.config.n_ctx)

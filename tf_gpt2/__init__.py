@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # what ``__getattr__`` loads, for editors and type checkers
     )
     from tf_gpt2.generation.beam import BeamSearchResult as BeamSearchResult, beam_search as beam_search
     from tf_gpt2.generation.generate import generate as generate
-    from tf_gpt2.generation.result import GenerationResult as GenerationResult
+    from tf_gpt2.generation.run import GenerationResult as GenerationResult
     from tf_gpt2.generation.scoring import Score as Score
     from tf_gpt2.model.gpt2 import GPT2Model as GPT2Model
     from tf_gpt2.model.layers import MLP as MLP, Block as Block, CausalSelfAttention as CausalSelfAttention
@@ -48,7 +48,7 @@ _HOMES = {
     "BeamSearchResult": "tf_gpt2.generation.beam",
     "Encoder": "tf_gpt2.tokenizer.encoder",
     "Completion": "tf_gpt2.text.pieces",
-    "GenerationResult": "tf_gpt2.generation.result",
+    "GenerationResult": "tf_gpt2.generation.run",
     "Perplexity": "tf_gpt2.text.perplexity",
     "Score": "tf_gpt2.generation.scoring",
     "TextGenerator": "tf_gpt2.text.generator",

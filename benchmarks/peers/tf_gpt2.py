@@ -13,8 +13,7 @@ import tensorflow as tf
 
 from benchmarks.peers.protocol import Generated, serve
 from tf_gpt2 import GPT2Model
-from tf_gpt2.generation.options import make_limits, make_sampling
-from tf_gpt2.generation.prompts import check_prompts, pad
+from tf_gpt2.generation.options import check_prompts, make_request, pad
 from tf_gpt2.generation.run import Run
 from tf_gpt2.text.generator import DTYPES
 
@@ -33,10 +32,11 @@ class TFGPT2:
     def generate(self, prompts: np.ndarray, max_new_tokens: int) -> Generated:
         """Does what ``tf_gpt2.generate`` does, and looks at the clock when there is a first token."""
         config, (n_rows, length) = self.model.config, prompts.shape
-        sampling = make_sampling(n_rows, config)
+        request = make_request(self.model, n_rows, max_new_tokens=max_new_tokens)
+        sampling = request.sampling_of(n_rows)
         start = time.perf_counter()
         rows = check_prompts(prompts, config)
-        limits = make_limits(rows, max_new_tokens, (), config)
+        limits = request.limits_of(rows, config)
         run = Run(self.model, *pad(rows, config), sampling, limits, jit_compile=True)
         run.advance(1)
         first = time.perf_counter()

@@ -122,7 +122,7 @@ def test_sampling_flags_reach_generate(capfdbinary, monkeypatch):
 
 
 def test_too_long_a_prompt_may_be_cut_or_slid_over(capfdbinary):
-    from tf_gpt2.generation.prompts import OVERFLOWS
+    from tf_gpt2.generation.options import OVERFLOWS
 
     for overflow in OVERFLOWS:
         arguments = ["generate", "To be " * 300, *TINY, "--n_tokens_to_generate", "3", "--overflow", overflow]

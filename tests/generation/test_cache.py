@@ -8,11 +8,11 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+from asking import make_limits, make_sampling
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.compiled import compiled
-from tf_gpt2.generation.generate import make_limits, make_sampling
 from tf_gpt2.generation.loop import decode, grow, prefill
 from tf_gpt2.model.arithmetic import graph, plain, xla
 from tf_gpt2.model.arithmetic.xla import MOST_ROWS_APART

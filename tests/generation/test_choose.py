@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from asking import make_sampling
 from hypothesis import given, settings, strategies as st
 from reference import kept_by_min_p, kept_by_top_k, kept_by_top_p, kept_by_typical_p, softmax
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.choose import choose, filter_logits
-from tf_gpt2.generation.options import make_sampling
 from tf_gpt2.generation.processors import History
 from tf_gpt2.model.arithmetic import graph, plain, xla
 

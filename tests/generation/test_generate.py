@@ -16,7 +16,7 @@ from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError, GPT2Error
 from tf_gpt2.generation.compiled import compiled_for
 from tf_gpt2.generation.generate import generate
-from tf_gpt2.generation.result import GenerationResult
+from tf_gpt2.generation.run import GenerationResult
 from tf_gpt2.model.gpt2 import GPT2Model
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], list(range(20, 36))]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+from asking import make_limits, make_sampling
 from counting import count_traces
 from hypothesis import given, settings, strategies as st
 from reference import lively_params
@@ -18,7 +19,7 @@ from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation import lookup
 from tf_gpt2.generation.compiled import compiled, compiled_for
-from tf_gpt2.generation.generate import generate, make_limits, make_sampling, stream
+from tf_gpt2.generation.generate import generate, stream
 from tf_gpt2.generation.lookup import LookupRun, decode, decode_until_drafts_pay, find_drafts
 from tf_gpt2.generation.loop import grow, prefill
 from tf_gpt2.model.arithmetic import plain

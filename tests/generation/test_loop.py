@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+from asking import make_limits, make_sampling
 from counting import count_traces
 from reference import lively_params
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.compiled import compiled, compiled_for
-from tf_gpt2.generation.generate import generate, make_limits, make_sampling
+from tf_gpt2.generation.generate import generate
 from tf_gpt2.generation.loop import bucket, cache_sizes, decode, grow, prefill, step
-from tf_gpt2.generation.prompts import pad_rows
+from tf_gpt2.generation.options import pad_rows
 from tf_gpt2.generation.run import Run, compile_run
 from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -300,11 +301,12 @@ import numpy as np, tensorflow as tf
 from tf_gpt2 import GPT2Config, GPT2Model, generate
 from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.choose import choose
-from tf_gpt2.generation.options import make_sampling
+from tf_gpt2.generation.options import check_sampling
 from tf_gpt2.model.arithmetic import xla
 for n_rows, n_vocab in [(3, 256), (2, 512), (1, 2048), (8, 64)]:
     config = GPT2Config(n_vocab=n_vocab, n_ctx=32, n_embd=1, n_head=1, n_layer=1)
-    sampling = make_sampling(n_rows, config, temperature=1.0, top_k=7, top_p=0.9, min_p=0.1, typical_p=0.5)
+    settings = check_sampling(n_rows, config, temperature=1.0, top_k=7, top_p=0.9, min_p=0.1, typical_p=0.5)
+    sampling = settings.spread(n_rows)
     history = History(tf.zeros((n_rows, 33), tf.int32), tf.fill([n_rows], 2), tf.fill([n_rows], 1))
     logits = tf.zeros((n_rows, n_vocab))
     ids = tf.function(lambda *a: choose(*a, xla), jit_compile=True)(logits, sampling, history, tf.constant([3, -1]))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
+from asking import make_limits, make_sampling
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.options import (
@@ -12,14 +13,13 @@ from tf_gpt2.generation.options import (
     SamplingOptions,
     check_counts,
     check_max_new_tokens,
+    check_prompts,
     check_row,
+    check_sampling,
     check_stride,
     check_top,
-    make_limits,
-    make_sampling,
     pad_words,
 )
-from tf_gpt2.generation.prompts import check_prompts
 
 INF, NAN = math.inf, math.nan
 CONFIG = GPT2Config(n_vocab=9, n_ctx=12, n_embd=1, n_head=1, n_layer=1)
@@ -90,6 +90,32 @@ def test_unknown_names_are_refused_with_what_was_meant():
         make_sampling(1, CONFIG, temprature=1.0)
     with pytest.raises(TypeError, match="'qqqq' is no option of generation; there are temperature, top_k"):
         make_sampling(1, CONFIG, qqqq=1)
+
+
+def test_some_prompts_have_their_own_values():
+    """As a batch takes them: in any order, one several times to fill the batch."""
+    asked = {
+        "temperature": [0.0, 0.5, 1.0, 1.5],
+        "seed": (2**64 - 9, 5, 2**33, 7),
+        "top_k": 3,
+        "min_new_tokens": range(4),
+    }
+    places = [3, 0, 2, 2]
+    picked = {"temperature": [1.5, 0.0, 1.0, 1.0], "seed": [7, 2**64 - 9, 2**33, 2**33], "min_new_tokens": [3, 0, 2, 2]}
+    found = check_sampling(4, CONFIG, **asked).of_prompts(places).spread(4, 2)
+    wanted = make_sampling(4, CONFIG, 2, **{**asked, **picked})
+    for one, other in zip(tf.nest.flatten(found), tf.nest.flatten(wanted), strict=True):
+        assert one.dtype == other.dtype
+        assert one.numpy().tolist() == other.numpy().tolist()
+    assert found.seeds.numpy()[:3].tolist() == [[7, 0], [8, 0], [2**32 - 9, 2**32 - 1]]
+
+
+def test_one_value_does_for_any_number_of_prompts():
+    sampling = check_sampling(None, CONFIG, temperature=0.5, seed=3)
+    assert sampling.n_values is None
+    for n_prompts in (1, 5):
+        assert sampling.of_prompts(range(n_prompts)).spread(n_prompts).temperature.numpy().tolist() == [0.5] * n_prompts
+    assert check_sampling(None, CONFIG, top_p=[0.5, 1.0, 0.1]).n_values == 3
 
 
 def test_all_ids_may_not_be_banned_in_several_ways_together():

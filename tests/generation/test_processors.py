@@ -5,11 +5,11 @@ import functools
 import numpy as np
 import pytest
 import tensorflow as tf
+from asking import make_sampling
 from hypothesis import given, settings, strategies as st
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation import processors
-from tf_gpt2.generation.options import make_sampling
 from tf_gpt2.generation.processors import History
 from tf_gpt2.model.arithmetic import graph, xla
 

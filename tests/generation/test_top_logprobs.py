@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+from asking import make_limits, make_sampling
 from counting import count_traces
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation import loop
 from tf_gpt2.generation.compiled import compiled
-from tf_gpt2.generation.generate import generate, make_limits, make_sampling
+from tf_gpt2.generation.generate import generate
 from tf_gpt2.model.gpt2 import GPT2Model
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], list(range(20, 36))]

@@ -13,7 +13,7 @@ from reference import lively_params
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.generate import generate, stream
-from tf_gpt2.generation.prompts import window_start
+from tf_gpt2.generation.options import window_start
 from tf_gpt2.model.gpt2 import GPT2Model
 
 CONFIGS = [

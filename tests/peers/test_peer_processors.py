@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from asking import make_sampling
 from test_huggingface import PYTHON, pytestmark  # noqa: F401
 
 from tf_gpt2 import GPT2Config
 from tf_gpt2.generation.choose import filter_logits
-from tf_gpt2.generation.options import make_sampling
 from tf_gpt2.generation.processors import History, process
 from tf_gpt2.model.arithmetic import xla
 

@@ -13,7 +13,7 @@ from reference import lively_params
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.generation.generate import generate
+from tf_gpt2.generation.generate import continue_rows
 from tf_gpt2.generation.loop import bucket
 from tf_gpt2.generation.run import Run
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -130,11 +130,11 @@ def calls(monkeypatch):
     """Prompts' lengths of each call of the layer below."""
     seen = []
 
-    def record(model, prompts, **options):
+    def record(model, prompts, *arguments):
         seen.append([len(prompt) for prompt in prompts])
-        return generate(model, prompts, **options)
+        return continue_rows(model, prompts, *arguments)
 
-    monkeypatch.setattr(batches, "generate", record)
+    monkeypatch.setattr(batches, "continue_rows", record)
     return seen
 
 

@@ -21,9 +21,8 @@ from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.cache import Cache, as_cache, with_room
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import Limits, cache_sizes, is_stop
-from tf_gpt2.generation.options import check_counts, make_limits
-from tf_gpt2.generation.prompts import check_prompts, pad
-from tf_gpt2.generation.run import NO_NUMBERS
+from tf_gpt2.generation.options import check_counts, check_prompts, check_stop_ids, make_limits, pad
+from tf_gpt2.generation.run import NO_NUMBERS, finish_reason
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network
@@ -37,7 +36,7 @@ NONE = -float("inf")
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearchResult:
-    """What ``beam_search`` gives: per prompt a list, one entry per sequence, best first.
+    """What ``beam_search`` returns: per prompt a list, one entry per sequence, best first.
 
     Attributes:
         ids: the new ids only, without the stop id. Hugging Face's ``sequences`` also have the prompt before and, where
@@ -82,7 +81,7 @@ def beam_search(
             when the likeliest beam, divided by its present length, is no better than the worst of them; it might become
             so if ``length_penalty`` is more than 0. ``"never"``: when it cannot become better, even if all
             tokens that are left were certain.
-        num_return_sequences: how many to give per prompt, at most ``num_beams``; fewer come where there are no more, as
+        num_return_sequences: how many to return per prompt, at most ``num_beams``; fewer where there are no more, as
             with one new token and a vocabulary smaller than that.
         stop_ids: ids that end a sequence.
         jit_compile: whether XLA compiles the loop: the first call for a shape takes seconds, the others are fast.
@@ -115,7 +114,7 @@ def beam_search(
         )
     check_comparison(length_penalty, early_stopping)
     search = Search(
-        limits=make_limits(rows, max_new_tokens, stop_ids, model.config),
+        limits=make_limits(rows, max_new_tokens, check_stop_ids(stop_ids, model.config), model.config),
         length_penalty=tf.constant(float(length_penalty)),
         ends_when_full=tf.constant(early_stopping is True),
         hopes_for_longest=tf.constant(early_stopping == "never" and length_penalty > 0),
@@ -125,7 +124,7 @@ def beam_search(
 
 
 def check_comparison(length_penalty: float, early_stopping: bool | str) -> None:
-    """Refuses what beams cannot be compared by."""
+    """Raises ValueError unless beams can be compared by these."""
     is_number = not isinstance(length_penalty, (bool, np.bool_)) and np.asarray(length_penalty).dtype.kind in "iuf"
     if not is_number or np.ndim(length_penalty) or not abs(length_penalty) <= LARGEST_PENALTY:
         raise ValueError(
@@ -149,10 +148,7 @@ def make_result(
         result.ids.append([ids[len(row) : end].tolist() for ids, end, _, _ in best])
         result.scores.append([float(score) for _, _, score, _ in best])
         result.finish_reasons.append(
-            [
-                "stop" if stopped else "length" if end - len(row) == max_new_tokens else "context"
-                for _, end, _, stopped in best
-            ]
+            [finish_reason(stopped, end - len(row), max_new_tokens) for _, end, _, stopped in best]
         )
     return result
 
@@ -313,7 +309,7 @@ def advance(state: Beams, logits: tf.Tensor, search: Search) -> Beams:
 
 
 def best_candidates(state: Beams, logits: tf.Tensor, limits: Limits) -> Candidates:
-    """Gives the best continuations of each prompt by one token: so many that K of them do not stop."""
+    """Returns the best continuations of each prompt by one token: so many that K of them do not stop."""
     n_prompts, n_beams = state.scores.shape
     n_vocab = logits.shape[-1]
     sums = state.scores[..., None] + tf.nn.log_softmax(logits)  # (B, K, V)
@@ -347,7 +343,7 @@ def newly_finished(state: Beams, candidates: Candidates, search: Search) -> Fini
 
 
 def wants_more(state: Beams, search: Search) -> tf.Tensor:
-    """Says whether a beam may become better than the worst of K finished sequences: bool (B,)."""
+    """Whether a beam may become better than the worst of K finished sequences: bool (B,)."""
     worst = state.finished.scores[:, -1]  # -inf while there are fewer
     lengths = tf.where(search.hopes_for_longest, search.limits.lengths, state.lengths)
     hoped_for = divide_by_length(state.scores[:, 0], lengths - state.prompt_lengths, search)
@@ -361,9 +357,9 @@ def divide_by_length(scores: tf.Tensor, n_new: tf.Tensor, search: Search) -> tf.
 
 def best_of(old: Finished, new: Finished) -> Finished:
     """Keeps as many as there were of old and new together; of equals the old ones, then the first."""
-    both = Finished(*(tf.concat(pair, axis=1) for pair in zip(old, new, strict=True)))
-    best = tf.math.top_k(both.scores, old.scores.shape[1]).indices
-    return Finished(*(tf.gather(part, best, batch_dims=1) for part in both))
+    merged = Finished(*(tf.concat(pair, axis=1) for pair in zip(old, new, strict=True)))
+    best = tf.math.top_k(merged.scores, old.scores.shape[1]).indices
+    return Finished(*(tf.gather(part, best, batch_dims=1) for part in merged))
 
 
 def take_rows(cache: Cache, rows: tf.Tensor, n_rows: int) -> Cache:

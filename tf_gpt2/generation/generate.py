@@ -1,33 +1,30 @@
 """``generate`` and ``stream``: lists of ids in, lists of new ids out, at the end or as they come.
 
-Checks what the user gives, and runs the compiled loop. Knows nothing of text.
+Checks what the user asks, and runs the compiled loop. Knows nothing of text.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tf_gpt2.generation.choose import Sampling
-from tf_gpt2.generation.lookup import LookupRun, check_lookup, is_large_enough
-from tf_gpt2.generation.loop import Limits
+from tf_gpt2.generation.lookup import LookupRun, is_large_enough
 from tf_gpt2.generation.options import (
+    SLIDE,
+    Request,
     SamplingOptions,
     check_counts,
-    check_max_new_tokens,
     check_names,
-    check_top,
-    make_limits,
-    make_sampling,
+    check_prompts,
+    fit_rows,
+    make_request,
+    pad,
     top_to_keep,
 )
-from tf_gpt2.generation.prompts import SLIDE, check_prompts, fit_prompts, pad
-from tf_gpt2.generation.result import GenerationResult, Timings, make_result, new_ids
-from tf_gpt2.generation.run import Run, SlidingRun, compile_run
+from tf_gpt2.generation.run import GenerationResult, Run, SlidingRun, Timings, compile_run, make_result, new_ids
 from tf_gpt2.model.gpt2 import GPT2Model
 
 if TYPE_CHECKING:
@@ -65,12 +62,12 @@ def generate(
         prompts: B lists of ids, of any lengths from 1 to ``n_ctx - 1``; see ``overflow`` for longer ones.
         max_new_tokens: most new tokens per row, at least 0.
         stop_ids: ids that end a row.
-        is_complete: says of a row's new ids whether the row may end. It is asked now and then, so the row may have some
-            more ids than it wants.
+        is_complete: returns for a row's new ids whether the row may end. It is called each ``CHUNK`` steps, so a row
+            may get some more ids than it needs.
         num_samples: how many texts per prompt, which is read only once. The result has the samples of the first
             prompt, those of the second, and so on. A prompt's samples have its options, but its seed, the next seed,
-            and so on: each is what a call with that seed gives.
-        top_logprobs: how many of the likeliest ids to tell beside each new id, at most ``n_vocab``. Up to 8 compile
+            and so on: each is what a call with that seed returns.
+        top_logprobs: how many of the likeliest ids to return beside each new id, at most ``n_vocab``. Up to 8 compile
             once, up to 16 once more, and so on.
         overflow: what to do with a row that is too long for the window. ``"error"`` refuses a prompt that leaves no
             room, and ends a row when the window is full. ``"truncate"`` keeps so much of the prompt's end, at least one
@@ -101,36 +98,47 @@ def generate(
         ([5, 5], ['length', 'length'])
     """
     check_names(options, generate)
-    max_new_tokens = check_max_new_tokens(max_new_tokens)
-    known, n_truncated = fit_prompts(prompts, max_new_tokens, overflow, model.config)
-    (n_samples,) = check_counts(num_samples=num_samples)
-    top_logprobs = check_top(top_logprobs, model.config)
-    n_top = top_to_keep(top_logprobs, model.config)
-    rows = [prompt for prompt in known for _ in range(n_samples)]
-    sampling = make_sampling(len(known), model.config, n_samples, **options)
-    limits = make_limits(rows, max_new_tokens, stop_ids, model.config)
-    check_lookup(model, prompt_lookup=prompt_lookup, overflow=overflow, n_top=n_top)
-    start_s = time.perf_counter()
-    run = start_run(
+    rows = check_prompts(prompts, model.config, overflow=overflow)
+    request = make_request(
         model,
-        known,
-        sampling,
-        limits,
+        len(rows),
         max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        num_samples=num_samples,
+        top_logprobs=top_logprobs,
         overflow=overflow,
         prompt_lookup=prompt_lookup,
-        n_samples=n_samples,
-        n_top=n_top,
         jit_compile=jit_compile,
+        **options,
     )
+    return continue_rows(model, rows, request, is_complete)
+
+
+def continue_rows(
+    model: GPT2Model,
+    prompts: list[np.ndarray],
+    request: Request,
+    is_complete: Callable[[list[int]], bool] | None = None,
+) -> GenerationResult:
+    """Continues prompts that are checked, all in one batch.
+
+    Args:
+        model: the model.
+        prompts: each int32 (T,).
+        request: what is asked of them.
+        is_complete: as for ``generate``.
+    """
+    prompts, n_unseen = fit_rows(prompts, request, model.config)
+    rows = [prompt for prompt in prompts for _ in range(request.num_samples)]
+    start_s = time.perf_counter()
+    run = start_run(model, prompts, request)
     read_s = time.perf_counter()
     while run.goes_on:
         run.advance(model.config.n_ctx if is_complete is None else CHUNK)
         if is_complete is not None:
             run.end([is_complete(ids) for ids in new_ids(run.state, rows)])
     timings = Timings(prefill_s=read_s - start_s, decode_s=time.perf_counter() - read_s)
-    result = make_result(run.state, rows, max_new_tokens, top_logprobs, is_complete, timings)
-    return dataclasses.replace(result, n_truncated=[n for n in n_truncated for _ in range(n_samples)])
+    return make_result(run.state, rows, n_unseen, request, is_complete, timings)
 
 
 def stream(
@@ -144,9 +152,9 @@ def stream(
     prompt_lookup: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> Iterator[list[int]]:
-    """Continues one prompt, and gives new ids as they come: the first at once, later ones several at a time.
+    """Continues one prompt, and yields new ids as they come: the first at once, later ones several at a time.
 
-    Together they are what ``generate`` gives. Nothing is computed while nobody asks for more.
+    Together they are what ``generate`` returns. Nothing is computed while nobody asks for more.
 
     Args:
         model: the model.
@@ -164,52 +172,44 @@ def stream(
         TypeError: as ``generate``.
     """
     check_names(options, stream)
-    max_new_tokens = check_max_new_tokens(max_new_tokens)
-    rows, _ = fit_prompts([prompt], max_new_tokens, overflow, model.config)
-    sampling = make_sampling(1, model.config, **options)
-    limits = make_limits(rows, max_new_tokens, stop_ids, model.config)
-    check_lookup(model, prompt_lookup=prompt_lookup, overflow=overflow)
-
-    def pieces() -> Iterator[list[int]]:
-        run = start_run(
-            model,
-            rows,
-            sampling,
-            limits,
-            max_new_tokens=max_new_tokens,
-            overflow=overflow,
-            prompt_lookup=prompt_lookup,
-            jit_compile=jit_compile,
-        )
-        yield from in_pieces(run, len(rows[0]))
-
-    return pieces()
+    (row,) = check_prompts([prompt], model.config, overflow=overflow)
+    request = make_request(
+        model,
+        1,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        overflow=overflow,
+        prompt_lookup=prompt_lookup,
+        jit_compile=jit_compile,
+        **options,
+    )
+    return stream_row(model, row, request)
 
 
-def start_run(
-    model: GPT2Model,
-    prompts: list[np.ndarray],
-    sampling: Sampling,
-    limits: Limits,
-    *,
-    max_new_tokens: int,
-    overflow: str,
-    prompt_lookup: bool = False,
-    n_samples: int = 1,
-    n_top: int = 0,
-    jit_compile: bool,
-) -> Run | SlidingRun:
-    """Reads the prompts, and gives what goes on from there: past the window where ``overflow`` says so."""
-    kept: Any = {"n_top": n_top, "jit_compile": jit_compile}
-    if overflow != SLIDE:
-        run = LookupRun if prompt_lookup and is_large_enough(model) else Run
-        return run(model, *pad(prompts, model.config), sampling, limits, n_samples=n_samples, **kept)
-    rows = [prompt for prompt in prompts for _ in range(n_samples)]
-    return SlidingRun(model, rows, sampling, limits.stop_ids, max_new_tokens=max_new_tokens, **kept)
+def stream_row(model: GPT2Model, prompt: np.ndarray, request: Request) -> Iterator[list[int]]:
+    """Continues one prompt that is checked, int32 (T,); yields new ids as they come."""
+    rows, _ = fit_rows([prompt], request, model.config)
+    yield from in_pieces(start_run(model, rows, request), len(rows[0]))
+
+
+def start_run(model: GPT2Model, prompts: list[np.ndarray], request: Request) -> Run | SlidingRun:
+    """Reads the prompts; returns what goes on from there, past the window where ``overflow`` asks for it."""
+    if request.overflow == SLIDE:
+        return SlidingRun(model, prompts, request)
+    run = LookupRun if request.prompt_lookup and is_large_enough(model) else Run
+    rows = [prompt for prompt in prompts for _ in range(request.num_samples)]
+    return run(
+        model,
+        *pad(prompts, model.config),
+        request.sampling_of(len(prompts)),
+        request.limits_of(rows, model.config),
+        n_top=top_to_keep(request.top_logprobs, model.config),
+        jit_compile=request.jit_compile,
+    )
 
 
 def in_pieces(run: Run | SlidingRun, n_known: int) -> Iterator[list[int]]:
-    """Gives the ids behind the first ``n_known`` of one row as they come: the first alone, then more at a time."""
+    """Yields the ids behind the first ``n_known`` of one row as they come: the first alone, then more at a time."""
     n_steps = 1
     while True:
         ids = run.state.ids.numpy()[0, n_known : length_of(run)].tolist()
@@ -225,7 +225,7 @@ def in_pieces(run: Run | SlidingRun, n_known: int) -> Iterator[list[int]]:
 
 
 def length_of(run: Run | SlidingRun) -> int:
-    """Gives the number of tokens of the first row; by way of NumPy, as slicing a tensor takes longer."""
+    """Returns the number of tokens of the first row; by way of NumPy, as slicing a tensor takes longer."""
     return int(run.state.lengths.numpy()[0])
 
 
@@ -247,6 +247,6 @@ def warm_up(
     """
     prompt_length, n_prompts = check_counts(prompt_length=prompt_length, n_prompts=n_prompts)
     rows = check_prompts([[0] * prompt_length] * n_prompts, model.config)
-    sampling = make_sampling(n_prompts, model.config)
-    limits = make_limits(rows, max_new_tokens, (), model.config)
+    request = make_request(model, n_prompts, max_new_tokens=max_new_tokens, jit_compile=jit_compile)
+    sampling, limits = request.sampling_of(n_prompts), request.limits_of(rows, model.config)
     compile_run(model, *pad(rows, model.config), sampling, limits, jit_compile=jit_compile)

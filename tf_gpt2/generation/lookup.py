@@ -102,7 +102,7 @@ def find_drafts(state: State) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def drafts_pay(lookup: Lookup, limits: Limits) -> tf.Tensor:
-    """Says whether to check the drafts: a batch waits for its slowest row, so each row must gain."""
+    """Whether to check the drafts: a batch waits for its slowest row, so each row must gain."""
     active, rate = is_active(lookup.state, limits), lookup.hit_rate
     n_rows = active.shape[0]
     cost = N_DRAFTED * n_rows / (n_rows + ROWS_FOR_FREE)  # in passes over one token per row
@@ -111,7 +111,7 @@ def drafts_pay(lookup: Lookup, limits: Limits) -> tf.Tensor:
 
 
 def drafts_pay_with_twins(lookup: Lookup, limits: Limits) -> tf.Tensor:
-    """Says whether to make what checking needs, and begin."""
+    """Whether the hit rate justifies transposing the weights and starting to check drafts."""
     is_sure = (lookup.hit_rate > LEAST_HIT_RATE) | ~is_active(lookup.state, limits)
     return drafts_pay(lookup, limits) & tf.reduce_all(is_sure)
 
@@ -149,7 +149,7 @@ def update_hit_rate(lookup: Lookup, state: State, n_hits: tf.Tensor, *, n_seen: 
 def decode_until_drafts_pay(
     network: Network, lookup: Lookup, sampling: Sampling, limits: Limits, n_steps: tf.Tensor
 ) -> tuple[Lookup, tf.Tensor]:
-    """Takes up to ``n_steps`` plain steps, until it pays to begin with checks; says whether it does."""
+    """Takes up to ``n_steps`` plain steps, until it pays to begin with checks; returns whether it does."""
     lookup = lookup._replace(state=with_own_cache(network, lookup.state))
     end = lookup.n_passes + n_steps
 
@@ -195,18 +195,18 @@ def repeat_while(
 
 
 def has_room(lookup: Lookup, limits: Limits, end: tf.Tensor) -> tf.Tensor:
-    """Says whether any row goes on, all of them can be fed, and there were fewer than ``end`` passes."""
+    """Whether any row goes on, all of them can be fed, and there were fewer than ``end`` passes."""
     goes_on = tf.reduce_any(is_active(lookup.state, limits))
     return goes_on & (longest(lookup, limits) <= lookup.state.n_slots) & (lookup.n_passes < end)
 
 
 def longest(lookup: Lookup, limits: Limits) -> tf.Tensor:
-    """Gives the length of the longest row that goes on."""
+    """Returns the length of the longest row that goes on."""
     return tf.reduce_max(tf.where(is_active(lookup.state, limits), lookup.state.lengths, 0))
 
 
 class LookupRun(Run):
-    """A ``Run`` that gives the same and may need fewer passes; the arguments are those of ``Run``.
+    """A ``Run`` that chooses the same ids and may need fewer passes; the arguments are those of ``Run``.
 
     Once drafts pay, it uses transposed twins of the weights: a product of a few rows is 1.5 times as fast with them.
     """
@@ -236,23 +236,6 @@ class LookupRun(Run):
         return lookup.state
 
 
-def check_lookup(model: GPT2Model, *, prompt_lookup: bool, overflow: str, n_top: int = 0) -> None:
-    """Refuses look-up where it would be slower, and choose other tokens, or does not know what else is asked for.
-
-    Raises:
-        ValueError: in these cases.
-    """
-    if not prompt_lookup:
-        return
-    if overflow == "slide" or n_top:
-        raise ValueError("prompt_lookup must be False with top_logprobs and with overflow='slide'")
-    if model.quantization is not None or model.compute_dtype != "float32":
-        raise ValueError(
-            f"prompt_lookup must be False for a model that computes in {model.compute_dtype} with "
-            f"quantization={model.quantization!r}: it pays only in float32, without quantization"
-        )
-
-
 def is_large_enough(model: GPT2Model) -> bool:
-    """Says whether look-up can make the model faster."""
+    """Whether look-up can make the model faster."""
     return model.config.n_params >= SMALLEST

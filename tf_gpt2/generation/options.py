@@ -1,10 +1,11 @@
-"""What a user asks of generation -> checked tensors, one value per row or one table for all.
+"""What a user asks of generation -> checked values; prompts -> checked rows, cut to the window if asked, padded.
 
-Every refusal names the argument, what it got and what it wants. Knows nothing of how tokens are chosen.
+Every error names the argument, the value and what is wanted. Knows nothing of text and of how tokens are chosen.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import operator
@@ -15,18 +16,27 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.config import GPT2Config
+from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.choose import Sampling
-from tf_gpt2.generation.loop import Limits
+from tf_gpt2.generation.loop import Limits, bucket
 from tf_gpt2.generation.processors import Processing
+from tf_gpt2.model.gpt2 import GPT2Model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 STOP_IDS_BUCKET = 8
+"""Stop ids are padded to 8, 16, … ids: another number of them compiles anew."""
 TOP_BUCKET = 8
+"""The likeliest ids are kept 8, 16, … at a time, for the same reason."""
 WORDS_BUCKET, WORD_LENGTH_BUCKET = 8, 4
+"""Bad words are padded to 8, 16, … words of 4, 8, … ids, for the same reason."""
 LARGEST_INT = np.iinfo(np.int32).max
+"""Larger integers mean the same: no row is so long, no vocabulary so large."""
 LARGEST_BIAS = 1e6
+"""A logit far above all others that still adds up without overflow in float32."""
+OVERFLOWS = ERROR, TRUNCATE, SLIDE = "error", "truncate", "slide"
+"""What to do with a text that is too long for the window; ``generate`` defines them."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -78,7 +88,7 @@ class Rule(NamedTuple):
     Attributes:
         default: the value that changes nothing.
         dtype: to check it in: float32, or for integers int64, or object where they may be larger.
-        holds: says for each value of an array, or of a tensor, whether it is right.
+        holds: returns for each value of an array, or of a tensor, whether it is right.
         wanted: the same in words, after "must be".
     """
 
@@ -106,33 +116,175 @@ RULES = {
 }
 
 
-def make_sampling(
-    n_prompts: int, config: GPT2Config, n_samples: int = 1, **options: Unpack[SamplingOptions]
-) -> Sampling:
-    """Checks the options and spreads each over the prompts' samples; a table of all ids holds what is for all rows."""
-    given: dict[str, Any] = dict(options)
-    check_names(given)
-    values = {name: per_row(name, given.get(name, rule.default), n_prompts, rule) for name, rule in RULES.items()}
-    seeds = [[seed & 0xFFFFFFFF, seed >> 32] for seed in sample_seeds(values.pop("seed"), n_samples)]
-    tensors = {name: tf.constant(np.repeat(in_32_bits(value), n_samples)) for name, value in values.items()}
-    words = check_words(given.get("bad_words_ids", ()), config)
-    bias = make_bias(given.get("logit_bias", {}), given.get("suppress", ()), words, config)
-    of_rows = {name: tensors.pop(name) for name in Processing._fields if name in tensors}
-    processing = Processing(bias=tf.constant(bias), bad_words=tf.constant(pad_words(words)), **of_rows)
-    tensors |= dict.fromkeys(("n_before", "n_new"), tf.zeros(len(seeds), tf.int32))
-    return Sampling(seeds=tf.constant(np.array(seeds, np.uint32)), processing=processing, **tensors)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SamplingValues:
+    """``SamplingOptions``, checked.
+
+    Attributes:
+        per_prompt: each option of ``RULES`` by name, one value for all prompts, (), or one per prompt, (n,): float32 or
+            int32, but seeds as objects, Python's integers.
+        bias: float32 (V,), is added to each row's logits; -inf for ids that are not said.
+        bad_words: int32 (N, M), the sequences of two ids and more that are not said, see ``pad_words``.
+    """
+
+    per_prompt: Mapping[str, np.ndarray]
+    bias: np.ndarray
+    bad_words: np.ndarray
+
+    @property
+    def names(self) -> list[str]:
+        """The options that have one value per prompt."""
+        return [name for name, values in self.per_prompt.items() if values.ndim]
+
+    @property
+    def n_values(self) -> int | None:
+        """How many values these have; ``None`` if there is no such option."""
+        return next((len(self.per_prompt[name]) for name in self.names), None)
+
+    def of_prompts(self, places: Sequence[int]) -> SamplingValues:
+        """Picks the values of some prompts, so that the first of ``places`` is the first prompt, and so on."""
+        picked = {name: self.per_prompt[name][list(places)] for name in self.names}
+        return dataclasses.replace(self, per_prompt={**self.per_prompt, **picked})
+
+    def spread(self, n_prompts: int, n_samples: int = 1) -> Sampling:
+        """Makes tensors with one value per row; a prompt's samples differ in their seeds, which follow one another."""
+        arrays = {name: np.broadcast_to(values, (n_prompts,)) for name, values in self.per_prompt.items()}
+        seeds = [seed + i for seed in arrays.pop("seed") for i in range(n_samples)]
+        tensors = {name: tf.constant(np.repeat(values, n_samples)) for name, values in arrays.items()}
+        of_processing = {name: tensors.pop(name) for name in Processing._fields if name in tensors}
+        return Sampling(
+            seeds=tf.constant(np.array([[seed & 0xFFFFFFFF, seed >> 32] for seed in seeds], np.uint32)),
+            processing=Processing(bias=tf.constant(self.bias), bad_words=tf.constant(self.bad_words), **of_processing),
+            n_before=tf.zeros(len(seeds), tf.int32),
+            n_new=tf.zeros(len(seeds), tf.int32),
+            **tensors,
+        )
 
 
-def sample_seeds(seeds: np.ndarray, n_samples: int) -> list[int]:
-    """Gives each prompt's samples seeds that follow one another."""
-    all_seeds = [seed + i for seed in seeds for i in range(n_samples)]
-    if max(all_seeds, default=0) >= 2**64:
-        raise ValueError(f"seed must be at most 2**64 - {n_samples} for {n_samples} samples, got {max(seeds)}")
-    return all_seeds
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """All that a user asks of one generation, checked: ``make_request`` makes it. ``generate`` defines the options.
+
+    Attributes:
+        max_new_tokens: most new tokens per row, at least 0.
+        stop_ids: int32 (K,), ids that end a row, padded with -1.
+        num_samples: how many rows each prompt has, at least 1.
+        top_logprobs: how many of the likeliest ids to return beside each new id, in [0, n_vocab].
+        overflow: one of ``OVERFLOWS``.
+        prompt_lookup: whether to guess the next tokens from the text so far.
+        jit_compile: whether XLA compiles.
+        sampling: how to choose.
+    """
+
+    max_new_tokens: int
+    stop_ids: np.ndarray
+    num_samples: int
+    top_logprobs: int
+    overflow: str
+    prompt_lookup: bool
+    jit_compile: bool
+    sampling: SamplingValues
+
+    def of_prompts(self, places: Sequence[int]) -> Request:
+        """Returns the request for some of the prompts."""
+        return dataclasses.replace(self, sampling=self.sampling.of_prompts(places))
+
+    def sampling_of(self, n_prompts: int) -> Sampling:
+        """Makes tensors of how the rows of ``n_prompts`` prompts choose: B * num_samples rows."""
+        return self.sampling.spread(n_prompts, self.num_samples)
+
+    def limits_of(self, rows: list[np.ndarray], config: GPT2Config) -> Limits:
+        """Makes tensors of when rows end, one row per sample."""
+        return make_limits(rows, self.max_new_tokens, self.stop_ids, config)
+
+
+def make_request(
+    model: GPT2Model,
+    n_prompts: int | None,
+    *,
+    max_new_tokens: int = 40,
+    stop_ids: Sequence[int] = (),
+    num_samples: int = 1,
+    top_logprobs: int = 0,
+    overflow: str = ERROR,
+    prompt_lookup: bool = False,
+    jit_compile: bool = True,
+    **options: Unpack[SamplingOptions],
+) -> Request:
+    """Checks all that a user asks, but the prompts and the options' names.
+
+    Args:
+        model: the model that is asked.
+        n_prompts: how many prompts there are; ``None`` if nobody knows yet: as many as the first option has values that
+            has one per prompt.
+        max_new_tokens: as for ``generate``, like all that follows.
+        stop_ids: ids that end a row.
+        num_samples: how many texts per prompt.
+        top_logprobs: how many of the likeliest ids to return beside each new id.
+        overflow: what to do with a row that is too long for the window.
+        prompt_lookup: whether to guess the next tokens.
+        jit_compile: whether XLA compiles.
+        **options: how to choose; their names are taken as valid.
+
+    Raises:
+        TypeError: when an option is of a wrong type.
+        ValueError: when an option is out of range, or the model cannot do what is asked.
+    """
+    config = model.config
+    max_new_tokens = check_max_new_tokens(max_new_tokens)
+    check_overflow(overflow)
+    (num_samples,) = check_counts(num_samples=num_samples)
+    request = Request(
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        top_logprobs=check_top(top_logprobs, config),
+        overflow=overflow,
+        prompt_lookup=prompt_lookup,
+        jit_compile=jit_compile,
+        sampling=check_sampling(n_prompts, config, num_samples, **options),
+        stop_ids=check_stop_ids(stop_ids, config),
+    )
+    if prompt_lookup:
+        check_lookup(model, request)
+    return request
+
+
+def check_lookup(model: GPT2Model, request: Request) -> None:
+    """Raises ValueError where look-up is slower, could change tokens, or is not implemented."""
+    if request.overflow == SLIDE or request.top_logprobs:
+        raise ValueError("prompt_lookup must be False with top_logprobs and with overflow='slide'")
+    if model.quantization is not None or model.compute_dtype != "float32":
+        raise ValueError(
+            f"prompt_lookup must be False for a model that computes in {model.compute_dtype} with "
+            f"quantization={model.quantization!r}: it pays only in float32, without quantization"
+        )
+
+
+def check_sampling(
+    n_prompts: int | None, config: GPT2Config, n_samples: int = 1, **options: Unpack[SamplingOptions]
+) -> SamplingValues:
+    """Checks how to choose; options that all rows share become one table with a number per id."""
+    asked: dict[str, Any] = dict(options)
+    if n_prompts is None:
+        n_prompts = next((len(value) for name, value in asked.items() if name in RULES and has_values(value)), 1)
+    per_prompt = {
+        name: check_values(name, asked.get(name, rule.default), n_prompts, rule) for name, rule in RULES.items()
+    }
+    check_sample_seeds(per_prompt["seed"], n_samples)
+    words = check_words(asked.get("bad_words_ids", ()), config)
+    bias = make_bias(asked.get("logit_bias", {}), asked.get("suppress", ()), words, config)
+    return SamplingValues(per_prompt=per_prompt, bias=bias, bad_words=pad_words(words))
+
+
+def check_sample_seeds(seeds: np.ndarray, n_samples: int) -> None:
+    """Raises ValueError when a seed leaves no room for those of a prompt's other samples, which follow it."""
+    largest = max(seeds.flat, default=0)
+    if largest + n_samples > 2**64:
+        raise ValueError(f"seed must be at most 2**64 - {n_samples} for {n_samples} samples, got {largest}")
 
 
 def check_names(options: Mapping[str, Any], *functions: Callable[..., Any], without: Sequence[str] = ()) -> None:
-    """Refuses what is neither in ``SamplingOptions`` nor an argument by name of the functions that take them."""
+    """Raises TypeError unless each name is in ``SamplingOptions`` or is a keyword argument of one of the functions."""
     if options.keys() <= SamplingOptions.__annotations__.keys():
         return
     parameters = [parameter for one in functions for parameter in inspect.signature(one).parameters.values()]
@@ -144,24 +296,28 @@ def check_names(options: Mapping[str, Any], *functions: Callable[..., Any], with
             raise TypeError(f"{name!r} is no option of generation{meant}; there are {', '.join(names)}")
 
 
-def per_row(name: str, value: object, n_rows: int, rule: Rule) -> np.ndarray:
-    """Checks a setting and spreads it over the rows, if there is not one value per row."""
+def has_values(value: object) -> bool:
+    """Whether an option is a list or an array."""
+    return len(getattr(value, "shape", ())) > 0 or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def check_values(name: str, value: object, n_prompts: int, rule: Rule) -> np.ndarray:
+    """Checks a setting; returns its only value, (), or one per prompt, (n_prompts,)."""
     is_number = rule.dtype is np.float32
     array = numbers(value) if is_number else integers(value, rule.dtype)
     if array is None:
         raise ValueError(
             f"{name} must be {'a number' if is_number else 'an integer'}, or one per prompt, got {value!r}"
         )
-    if array.ndim > 0 and array.shape != (n_rows,):
-        raise ValueError(f"{name} must be a number or have one value per prompt ({n_rows}), got {value!r}")
-    array = np.broadcast_to(array, (n_rows,))
-    if not rule.holds(array).all():
+    if array.ndim > 0 and array.shape != (n_prompts,):
+        raise ValueError(f"{name} must be a number or have one value per prompt ({n_prompts}), got {value!r}")
+    if not np.all(rule.holds(array)):
         raise ValueError(f"{name} must be {rule.wanted}, got {value!r}")
-    return array
+    return in_32_bits(array)
 
 
 def numbers(value: object) -> np.ndarray | None:
-    """Converts numbers of any types to float32; returns ``None`` when one is none, or is a bool."""
+    """Converts numbers of any types to float32; returns ``None`` when a value is not a number, or is a bool."""
     try:
         array = np.asarray(value)
         has_bool = any(isinstance(x, (bool, np.bool_)) for x in np.asarray(value, object).flat)
@@ -174,7 +330,7 @@ def numbers(value: object) -> np.ndarray | None:
 
 
 def integers(value: object, dtype: type) -> np.ndarray | None:
-    """Converts integers of any types, one by one, to one dtype; returns ``None`` when one is none, or does not fit."""
+    """Converts integers of any types, one by one, to a dtype; returns ``None`` when one is no integer or too large."""
     try:
         array = np.asarray(value, object)
         converted = [integer_of(x) for x in array.flat]
@@ -186,7 +342,7 @@ def integers(value: object, dtype: type) -> np.ndarray | None:
 def integer_of(value: object) -> int | None:
     """Converts an integer of Python, NumPy or TensorFlow to Python's; returns ``None`` for all else, bool included.
 
-    Compare and count with what this returns: small types overflow, and tensors refuse numbers of other types.
+    Compare and count with the returned integer: small types overflow, and tensors refuse numbers of other types.
     """
     if type(value) is int:
         return value
@@ -210,14 +366,14 @@ def items_of(values: object) -> list[Any] | None:
 
 
 def in_32_bits(array: np.ndarray) -> np.ndarray:
-    """Takes an integer beyond int32 for the largest there: no row is so long, no vocabulary so large."""
-    return array if array.dtype == np.float32 else np.minimum(array, LARGEST_INT).astype(np.int32)
+    """Converts int64 to int32, and what is too large to the largest there; leaves other dtypes as they are."""
+    return np.minimum(array, LARGEST_INT).astype(np.int32) if array.dtype == np.int64 else array
 
 
 def make_bias(
     logit_bias: Mapping[int, float], suppress: Iterable[int], words: list[list[int]], config: GPT2Config
 ) -> np.ndarray:
-    """Gives what is added to each id's logit, float32 (V,): -inf for what is never said."""
+    """Returns what is added to each id's logit, float32 (V,): -inf for ids that are never said."""
     if not isinstance(logit_bias, Mapping):
         raise TypeError(f"logit_bias must be a dict from ids to numbers, got {logit_bias!r}")
     ids = check_ids("logit_bias", list(logit_bias), config)
@@ -239,7 +395,7 @@ def make_bias(
 
 
 def check_words(words: Iterable[Sequence[int]], config: GPT2Config) -> list[list[int]]:
-    """Checks the sequences that are not to be said."""
+    """Returns the sequences that are not to be said as lists of ids."""
     listed = items_of(words)
     if listed is None:
         raise TypeError(f"bad_words_ids must be a list of lists of ids, got {words!r}")
@@ -252,7 +408,7 @@ def check_words(words: Iterable[Sequence[int]], config: GPT2Config) -> list[list
 def pad_words(words: list[list[int]]) -> np.ndarray:
     """Puts the sequences of two ids and more into int32 (N, M), ends aligned, -1 elsewhere.
 
-    Powers of two, since another shape compiles anew.
+    N and M are powers of two, since another shape compiles anew.
     """
     longer = [word for word in words if len(word) > 1]
     shape = power_of_two(len(longer), WORDS_BUCKET), power_of_two(max(map(len, longer), default=0), WORD_LENGTH_BUCKET)
@@ -268,7 +424,7 @@ def power_of_two(number: int, smallest: int) -> int:
 
 
 def check_ids(name: str, ids: Iterable[int], config: GPT2Config) -> list[int]:
-    """Checks a list of ids of any integer type."""
+    """Returns ids of any integer type as Python's integers; each must be in the vocabulary."""
     listed = items_of(ids)
     checked = [] if listed is None else [i for i in map(integer_of, listed) if i is not None]
     if listed is None or len(checked) < len(listed):
@@ -296,7 +452,7 @@ def check_row(name: str, ids: Sequence[int], config: GPT2Config) -> np.ndarray:
 
 
 def check_counts(**counts: object) -> list[int]:
-    """Returns the integers as Python's, in order; refuses what is no integer from 1 on."""
+    """Returns the values as Python's integers, in order; raises ValueError unless each is an integer of at least 1."""
     checked = []
     for name, value in counts.items():
         count = integer_of(value)
@@ -328,7 +484,7 @@ def check_stride(stride: object, config: GPT2Config) -> int:
 
 
 def check_max_new_tokens(max_new_tokens: object) -> int:
-    """Returns an integer of any type as Python's; refuses what is none from 0 on."""
+    """Returns an integer of any type as Python's; raises TypeError or ValueError unless it is at least 0."""
     n = integer_of(max_new_tokens)
     if n is None:
         raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
@@ -337,10 +493,74 @@ def check_max_new_tokens(max_new_tokens: object) -> int:
     return n
 
 
-def make_limits(rows: list[np.ndarray], max_new_tokens: int, stop_ids: Sequence[int], config: GPT2Config) -> Limits:
-    """Says when rows end; pads the stop ids with -1 to a power of two, as another number compiles anew."""
-    max_new_tokens = check_max_new_tokens(max_new_tokens)
+def check_stop_ids(stop_ids: Sequence[int], config: GPT2Config) -> np.ndarray:
+    """Returns the stop ids as int32 (K,), padded with -1 to a power of two, as another number compiles anew."""
     ids = check_ids("stop_ids", stop_ids, config)
-    padding = [-1] * (power_of_two(len(ids), STOP_IDS_BUCKET) - len(ids))
+    return np.array(ids + [-1] * (power_of_two(len(ids), STOP_IDS_BUCKET) - len(ids)), np.int32)
+
+
+def make_limits(rows: list[np.ndarray], max_new_tokens: int, stop_ids: np.ndarray, config: GPT2Config) -> Limits:
+    """Makes tensors of when rows end: where the window does, at the latest."""
     lengths = [min(len(row) + min(max_new_tokens, config.n_ctx), config.n_ctx) for row in rows]
-    return Limits(lengths=tf.constant(lengths, tf.int32), stop_ids=tf.constant(ids + padding, tf.int32))
+    return Limits(lengths=tf.constant(lengths, tf.int32), stop_ids=tf.constant(stop_ids))
+
+
+def fit_rows(rows: list[np.ndarray], request: Request, config: GPT2Config) -> tuple[list[np.ndarray], list[int]]:
+    """Returns the prompts, and how many tokens at the beginning of each the model will not see.
+
+    With ``"truncate"`` these are cut off. With ``"slide"`` the rows stay whole: the window moves over them.
+    """
+    if request.overflow == SLIDE:
+        return rows, [window_start(len(row), config.n_ctx) for row in rows]
+    n_kept = max(1, config.n_ctx - max(1, request.max_new_tokens)) if request.overflow == TRUNCATE else config.n_ctx
+    return [row[-n_kept:] for row in rows], [max(0, len(row) - n_kept) for row in rows]
+
+
+def window_start(length: int, n_ctx: int) -> int:
+    """Computes where the window begins from which the token behind a text of ``length`` is chosen.
+
+    It moves on by half as soon as it is full, and so depends on the text's length alone, not on what was read when.
+    """
+    stride = n_ctx - n_ctx // 2
+    return 0 if length < n_ctx else stride * ((length - n_ctx) // stride + 1)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], config: GPT2Config, *, overflow: str = ERROR) -> list[np.ndarray]:
+    """Returns the prompts as arrays; those longer than the window pass only if ``overflow`` can handle them."""
+    listed = items_of(prompts) if hasattr(prompts, "__len__") else None
+    if not listed:
+        raise ValueError(f"prompts must be a non-empty list of lists of ids, got {prompts!r}")
+    return [check_prompt(f"prompts[{i}]", prompt, config, overflow=overflow) for i, prompt in enumerate(listed)]
+
+
+def check_prompt(name: str, prompt: Sequence[int], config: GPT2Config, *, overflow: str) -> np.ndarray:
+    """Checks one prompt and returns it as int32 (T,)."""
+    row = check_row(name, prompt, config)
+    if row.size == 0:
+        raise ValueError(f"{name} is empty; start from the id of <|endoftext|> for text from nothing")
+    if row.size >= config.n_ctx and (overflow == ERROR or config.n_ctx == 1):
+        raise ContextLengthError(
+            f"{name} has {row.size} tokens, which leaves no room in the window of n_ctx={config.n_ctx}; "
+            f"cut it to {config.n_ctx - 1} or fewer, or let generate do so with overflow='truncate' or 'slide'"
+        )
+    return row
+
+
+def check_overflow(overflow: str) -> None:
+    """Raises ValueError unless ``overflow`` is one of ``OVERFLOWS``."""
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"overflow must be one of {', '.join(OVERFLOWS)}, got {overflow!r}")
+
+
+def pad(rows: list[np.ndarray], config: GPT2Config) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns ragged rows as int32 (B, T), T a bucket, and their lengths, int32 (B,)."""
+    longest = max(map(len, rows))
+    return tf.constant(pad_rows(rows, bucket(longest, config.n_ctx))), tf.constant([len(row) for row in rows], tf.int32)
+
+
+def pad_rows(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """Puts ragged rows, each (T, …), into (B, T, …), zeros behind; there is no padding token, lengths tell."""
+    padded = np.zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
+    for wide, row in zip(padded, rows, strict=True):
+        wide[: len(row)] = row
+    return padded

@@ -1,7 +1,7 @@
 """Logits -> logits: bias, penalties and bans, which look at what a row has said so far.
 
 All settings are data, and what no row uses costs nothing but the question whether one does. Random rows and greedy ones
-are processed alike; what only makes sense for a draw is in ``sampling``. Knows nothing of models.
+are processed alike; what only makes sense for a draw is in ``choose``. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class History(NamedTuple):
 
 
 class Processing(NamedTuple):
-    """What to change; the definitions are in ``settings.SamplingOptions``.
+    """What to change; the definitions are in ``options.SamplingOptions``.
 
     Attributes:
         bias: float32 (V,), added to the logits of each row; -inf bans an id.
@@ -127,7 +127,7 @@ def ban(logits: tf.Tensor, processing: Processing, history: History, stop_ids: t
 
 
 def ends_ngram(sizes: tf.Tensor, history: History) -> tf.Tensor:
-    """Says at which places a row has an id that, said next, would end an n-gram said before, the prompt included.
+    """Computes at which places a row has an id that, said next, would end an n-gram said before, the prompt included.
 
     Args:
         sizes: int32 (B,); 0 for no place.
@@ -155,7 +155,7 @@ def ends_ngram(sizes: tf.Tensor, history: History) -> tf.Tensor:
 
 
 def bad_ends(bad_words: tf.Tensor, history: History) -> tuple[tf.Tensor, tf.Tensor]:
-    """Gives the last id of each sequence, and whether the row ends with its other ids: int32 (B, N), bool (B, N).
+    """Returns the last id of each sequence, and whether the row ends with its other ids: int32 (B, N), bool (B, N).
 
     Source: Hugging Face's ``NoBadWordsLogitsProcessor``.
     """

@@ -18,8 +18,7 @@ import tensorflow as tf
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import bucket
-from tf_gpt2.generation.options import check_row, check_stride, items_of, power_of_two
-from tf_gpt2.generation.prompts import pad_rows
+from tf_gpt2.generation.options import check_row, check_stride, items_of, pad_rows, power_of_two
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network
 

@@ -17,16 +17,8 @@ from tf_gpt2.generation.choose import Sampling
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.generate import in_pieces
 from tf_gpt2.generation.loop import Limits, State, cache_sizes, grow, with_own_cache
-from tf_gpt2.generation.options import (
-    SamplingOptions,
-    check_max_new_tokens,
-    check_names,
-    check_row,
-    make_limits,
-    make_sampling,
-)
-from tf_gpt2.generation.prompts import pad
-from tf_gpt2.generation.run import Run
+from tf_gpt2.generation.options import Request, SamplingOptions, check_names, check_row, make_request, pad
+from tf_gpt2.generation.run import Run, finish_reason
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network
 
@@ -84,6 +76,11 @@ class GrowingRun(Run):
         # the last of the tokens that are kept has not been fed yet
         self.state = self._read(state, tf.constant(n_kept - 1))
 
+    def finish_reason(self, max_new_tokens: int) -> str:
+        """Returns why the row has ended."""
+        n_new = int(self.state.lengths[0] - self.state.prompt_lengths[0])
+        return finish_reason(bool(self.state.stopped[0]), n_new, max_new_tokens)
+
     def _plan(self, state: State) -> None:
         """Plans few sizes of the cache, whatever one turn may need: each of them compiles."""
         self._sizes = cache_sizes(state.n_slots, self._n_ctx, self._n_ctx)
@@ -137,9 +134,9 @@ class Session:
         stop_ids: Sequence[int] = (),
         **options: Unpack[SamplingOptions],
     ) -> Iterator[list[int]]:
-        """Appends ids and continues; gives the new ids as they come, and remembers those that were given.
+        """Appends ids and continues; yields the new ids as they come, and remembers those that were yielded.
 
-        Who stops asking for more, or is interrupted, ends the turn there.
+        Closing the iterator, or an interrupt, ends the turn there.
 
         Args:
             ids: the user's; may be empty when there is something to continue.
@@ -162,33 +159,37 @@ class Session:
         if not self.ids and not row.size:
             raise ValueError("ids are empty, and there is nothing to continue")
         check_names(options, self.add)
-        max_new_tokens = check_max_new_tokens(max_new_tokens)
-        sampling = make_sampling(1, config, **options)
-        make_limits([row], max_new_tokens, stop_ids, config)
+        request = make_request(
+            self.model,
+            1,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            jit_compile=self._jit_compile,
+            **options,
+        )
+        return self._take_turn(row, request)
 
-        def pieces() -> Iterator[list[int]]:
-            self.turn += 1
-            turn = self.turn
-            self.finish_reason = None
-            n_dropped = self._n_to_drop(row.size)
-            whole = np.array([*self.ids[n_dropped:], *row.tolist()], np.int32)
-            limits = make_limits([whole], max_new_tokens, stop_ids, config)
-            run = self._start(whole, 0 if n_dropped else min(self._n_in_run, len(self.ids)), sampling, limits)
-            self._run, self.n_dropped = run, self.n_dropped + n_dropped
-            ids = whole.tolist()
+    def _take_turn(self, row: np.ndarray, request: Request) -> Iterator[list[int]]:
+        """Appends a checked row, int32 (T,), and continues; yields the new ids as they come."""
+        self.turn += 1
+        turn = self.turn
+        self.finish_reason = None
+        n_dropped = self._n_to_drop(row.size)
+        whole = np.array([*self.ids[n_dropped:], *row.tolist()], np.int32)
+        run = self._start(whole, 0 if n_dropped else min(self._n_in_run, len(self.ids)), request)
+        self._run, self.n_dropped = run, self.n_dropped + n_dropped
+        ids = whole.tolist()
+        self._remember(ids)
+        for new_ids in in_pieces(run, len(whole)):
+            ids += new_ids
             self._remember(ids)
-            for new_ids in in_pieces(run, len(whole)):
-                ids += new_ids
-                self._remember(ids)
-                if not run.goes_on:
-                    self.finish_reason = reason_of(run, len(ids) - len(whole), max_new_tokens)
-                yield new_ids
-                if turn != self.turn:  # another turn ends this one, and so does ``keep``
-                    return
-            self._remember(ids)
-            self.finish_reason = reason_of(run, len(ids) - len(whole), max_new_tokens)
-
-        return pieces()
+            if not run.goes_on:
+                self.finish_reason = run.finish_reason(request.max_new_tokens)
+            yield new_ids
+            if turn != self.turn:  # another turn ends this one, and so does ``keep``
+                return
+        self._remember(ids)
+        self.finish_reason = run.finish_reason(request.max_new_tokens)
 
     def keep(self, n_tokens: int) -> None:
         """Forgets all but the first tokens, and ends the turn under way."""
@@ -196,7 +197,7 @@ class Session:
         self.show(n_tokens)
 
     def show(self, n_tokens: int, then: Sequence[int] = ()) -> None:
-        """Lets ``ids`` be the first tokens only, for a turn under way until it gives more.
+        """Lets ``ids`` be the first tokens only, for a turn under way until it yields more.
 
         Args:
             n_tokens: how many stay.
@@ -216,20 +217,15 @@ class Session:
             return 0
         return len(self.ids) - max(0, min(len(self.ids), n_ctx // 2 - n_new))
 
-    def _start(self, whole: np.ndarray, n_kept: int, sampling: Sampling, limits: Limits) -> GrowingRun:
+    def _start(self, whole: np.ndarray, n_kept: int, request: Request) -> GrowingRun:
         """Reads what lies behind the first ``n_kept`` ids."""
+        config = self.model.config
+        sampling, limits = request.sampling_of(1), request.limits_of([whole], config)
         if self._run is None or n_kept == 0:
-            run = GrowingRun(
-                self.model, *pad([whole], self.model.config), sampling, limits, jit_compile=self._jit_compile
-            )
+            run = GrowingRun(self.model, *pad([whole], config), sampling, limits, jit_compile=request.jit_compile)
             self.n_read += len(whole)
         else:
             run = self._run
             run.extend(n_kept, whole[n_kept:].tolist(), sampling, limits)
             self.n_read += len(whole) - n_kept + 1
         return run
-
-
-def reason_of(run: Run, n_new: int, max_new_tokens: int) -> str:
-    """Computes why a run of one row ended."""
-    return "stop" if run.state.stopped[0] else "length" if n_new == max_new_tokens else "context"

@@ -7,23 +7,18 @@ files and commands.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from tf_gpt2.generation.generate import generate
-from tf_gpt2.generation.lookup import check_lookup
-from tf_gpt2.generation.options import RULES, SamplingOptions, check_counts, check_top, make_limits, make_sampling
-from tf_gpt2.generation.prompts import check_overflow, check_prompt
+from tf_gpt2.generation.generate import continue_rows
+from tf_gpt2.generation.options import Request, SamplingValues, check_prompt
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.text.options import check_several, check_stops, check_text
+from tf_gpt2.text.options import check_several, check_text
 from tf_gpt2.text.pieces import Completion, has_stop, make_completions
 from tf_gpt2.tokenizer.encoder import Encoder
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 BATCHES_PER_WINDOW = 8
 """The more, the less padding, and the longer one waits for the first completion."""
@@ -36,36 +31,29 @@ class Prompt(NamedTuple):
     """One text to continue.
 
     Attributes:
+        place: which of all prompts it is, from 0.
         ids: int32 (T,).
-        options: its own values of those options that have one per prompt.
     """
 
+    place: int
     ids: np.ndarray
-    options: dict[str, Any]
 
 
 def complete_many(
     model: GPT2Model,
     encoder: Encoder,
     prompts: Iterable[str],
+    request: Request,
     *,
-    batch_size: int = 16,
-    progress: bool = True,
-    max_new_tokens: int = 40,
-    stop: str | Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
-    num_samples: int | None = None,
-    top_logprobs: int = 0,
-    overflow: str = "error",
-    jit_compile: bool = True,
-    prompt_lookup: bool = False,
-    **options: Unpack[SamplingOptions],
-) -> Iterator[Completion] | Iterator[list[Completion]]:
-    """Continues texts, and gives the completions in the order of the prompts.
+    stops: Sequence[str],
+    batch_size: int,
+    progress: bool,
+) -> Iterator[list[Completion]]:
+    """Continues texts; yields each prompt's samples, in the order of the prompts.
 
     Prompts are read and computed only as completions are asked for, ``BATCHES_PER_WINDOW`` batches ahead. A list is
-    checked as a whole first, and so are the options; what another iterable gives is checked as it comes, and the
-    prompts before a wrong one are completed before its error is raised.
+    checked as a whole first; what another iterable yields is checked as it comes, and the prompts before a wrong one
+    are completed before its error is raised.
 
     Up to ``batch_size`` prompts make one batch of as many rows. More make batches of exactly ``batch_size`` rows, the
     last one filled up, so that only lengths differ: XLA then compiles at most once per bucket of prompts and once per
@@ -75,58 +63,32 @@ def complete_many(
         model: the model.
         encoder: its vocabulary.
         prompts: any number of str.
+        request: what is asked of them.
+        stops: strings that end a text.
         batch_size: most texts at once; a prompt's samples are never parted.
         progress: whether a bar on standard error shows how far it is, if there is more than one batch.
-        max_new_tokens: as for ``TextGenerator.complete``, like all that follows.
-        stop: strings that end a text.
-        stop_ids: ids that end a text.
-        num_samples: how many texts per prompt.
-        top_logprobs: how many of the likeliest ids to tell beside each new id.
-        overflow: what to do with texts that are too long for the window.
-        jit_compile: whether XLA compiles.
-        prompt_lookup: whether to guess the next tokens from those before.
-        **options: how to choose.
 
     Raises:
         ContextLengthError: when a prompt fills the window; like all errors about a prompt, this names its index.
-        TypeError: when a prompt is not a str, or an option is unknown.
-        ValueError: when an option is out of range, or there are no prompts.
+        TypeError: when a prompt is not a str.
+        ValueError: when there are no prompts, or not one for each value of the request.
     """
-    check_several("prompts", prompts)
-    stops, config = check_stops(stop), model.config
-    batch_size, n_samples = check_counts(batch_size=batch_size, num_samples=1 if num_samples is None else num_samples)
-    check_lookup(model, prompt_lookup=prompt_lookup, overflow=overflow, n_top=check_top(top_logprobs, config))
-    batch_size = max(1, batch_size // n_samples)
-    check_overflow(overflow)
-    make_limits([], max_new_tokens, stop_ids, config)
-    n_prompts = len(prompts) if isinstance(prompts, Sized) else None
-    each = {name: values_of(value) for name, value in options.items() if name in RULES and has_values(value)}
-    n_values = next(map(len, each.values()), 1)
-    make_sampling(n_values if n_prompts is None else n_prompts, config, n_samples, **options)
+    is_complete = (lambda ids: has_stop(encoder, ids, stops)) if stops else None
 
     def read() -> Iterator[Prompt]:
-        for i, (text, own) in enumerate(zip_options(prompts, each)):
-            ids = encode_prompt(encoder, check_text(f"prompts[{i}]", text))
-            yield Prompt(check_prompt(f"prompts[{i}]", ids, config, overflow=overflow), own)
+        for place, text in number_prompts(prompts, request.sampling):
+            name = f"prompts[{place}]"
+            ids = encode_prompt(encoder, check_text(name, text))
+            yield Prompt(place, check_prompt(name, ids, model.config, overflow=request.overflow))
 
-    def complete(batch: Sequence[Prompt]) -> list[Completion] | list[list[Completion]]:
-        own: Any = {name: [prompt.options[name] for prompt in batch] for name in each}
-        result = generate(
-            model,
-            [prompt.ids for prompt in batch],  # type: ignore[misc]
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            is_complete=(lambda ids: has_stop(encoder, ids, stops)) if stops else None,
-            num_samples=n_samples,
-            top_logprobs=top_logprobs,
-            overflow=overflow,
-            jit_compile=jit_compile,
-            prompt_lookup=prompt_lookup,
-            **{**options, **own},
-        )
-        return make_completions(encoder, result, stops, None if num_samples is None else n_samples)
+    def complete(batch: Sequence[Prompt]) -> list[list[Completion]]:
+        of_batch = request.of_prompts([prompt.place for prompt in batch])
+        result = continue_rows(model, [prompt.ids for prompt in batch], of_batch, is_complete)
+        return make_completions(encoder, result, stops, request.num_samples)
 
     read_prompts = iter(list(read())) if isinstance(prompts, Sequence) else read()
+    n_prompts = len(prompts) if isinstance(prompts, Sized) else None
+    batch_size = max(1, batch_size // request.num_samples)
     return in_batches(read_prompts, complete, batch_size, n_prompts=n_prompts, progress=progress)
 
 
@@ -179,37 +141,34 @@ def next_window(prompts: Iterator[Prompt], n_prompts: int) -> tuple[list[Prompt]
 
 
 def places_by_length(window: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Gives the places of prompts of like length together, so that little is padded."""
+    """Yields the places of prompts of like length together, so that little is padded."""
     order = sorted(range(len(window)), key=lambda i: len(window[i].ids))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
-def zip_options(prompts: Iterable[str], each: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Gives each prompt with its own options.
+def number_prompts(prompts: Iterable[str], sampling: SamplingValues) -> Iterator[tuple[int, str]]:
+    """Yields each prompt with its place.
 
     Raises:
-        ValueError: when there are more or fewer prompts than values.
+        ValueError: when there are more or fewer prompts than values of an option.
     """
-    missing: Any = object()
-    for i, (text, *own) in enumerate(itertools.zip_longest(prompts, *each.values(), fillvalue=missing)):
-        if any(one is missing for one in (text, *own)):
-            raise ValueError(f"{', '.join(each)} must have one value per prompt, and {i} are all that both have")
-        yield text, dict(zip(each, own, strict=True))
-
-
-def has_values(value: object) -> bool:
-    """Says whether an option is a list or an array."""
-    return len(getattr(value, "shape", ())) > 0 or (isinstance(value, Sequence) and not isinstance(value, str))
-
-
-def values_of(values: Any) -> Sequence[Any]:
-    """Lists an option's values, those of an array or a tensor as Python's numbers."""
-    return np.asarray(values).tolist() if hasattr(values, "shape") else values
+    n_values, n_prompts = sampling.n_values, 0
+    for place, text in enumerate(prompts):
+        if place == n_values:
+            break
+        yield place, text
+        n_prompts = place + 1
+    else:
+        if n_values is None or n_prompts == n_values:
+            return
+    raise ValueError(
+        f"{', '.join(sampling.names)} must have one value per prompt, and {n_prompts} are all that both have"
+    )
 
 
 def encode_prompt(encoder: Encoder, text: str) -> list[int]:
-    """Gives a prompt's ids, ``<|endoftext|>`` for an empty one."""
+    """Returns a prompt's ids, ``<|endoftext|>`` for an empty one."""
     ids = encoder.encode(text)
     if not ids and encoder.end_of_text is None:
         raise ValueError("prompts must not be empty: this vocabulary has no <|endoftext|> to start from")

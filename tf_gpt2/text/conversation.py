@@ -59,10 +59,10 @@ class Conversation:
         stop_at_end_of_text: bool = True,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
-        """Appends a text and continues; gives the completion in pieces, each as soon as it is certain.
+        """Appends a text and continues; yields the completion in pieces, each as soon as it is certain.
 
-        Who stops asking for more, or is interrupted, ends the turn there: what the pieces showed is remembered, and no
-        more, but for a stop string, which the pieces leave out. Another turn ends this one, too, and so does ``undo``.
+        Closing the iterator, or an interrupt, ends the turn there: what the pieces showed is remembered, and no more,
+        but for a stop string, which the pieces leave out. Another turn ends this one, too, and so does ``undo``.
 
         Args:
             text: the user's; ``""`` goes on where the last turn ended, or starts from nothing.
@@ -107,7 +107,7 @@ class Conversation:
         return texts()
 
     def undo(self) -> bool:
-        """Forgets the last turn that left anything; says whether there was one that is remembered whole."""
+        """Forgets the last turn that left anything; returns whether there was one that is remembered whole."""
         n_written = self.session.n_dropped + len(self.session.ids)
         while self._starts and self._starts[-1] >= n_written:  # interrupted before it was read
             self._starts.pop()

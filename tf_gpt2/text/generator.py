@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
 from tf_gpt2.checkpoint.load import find_folder, read_encoder_and_config
 from tf_gpt2.generation.beam import beam_search
-from tf_gpt2.generation.generate import stream, warm_up
-from tf_gpt2.generation.options import SamplingOptions, check_names
+from tf_gpt2.generation.generate import stream_row, warm_up
+from tf_gpt2.generation.options import SamplingOptions, check_counts, check_names, check_prompt, make_request
 from tf_gpt2.generation.scoring import Progress, Score, score
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.text.batches import check_texts, complete_many, encode_prompt
-from tf_gpt2.text.options import BeamOptions, CompletionOptions, check_stops, check_text
+from tf_gpt2.text.options import BeamOptions, CompletionOptions, check_several, check_stops, check_text
 from tf_gpt2.text.perplexity import Perplexity, measure_perplexity
 from tf_gpt2.text.pieces import Completion, TextPieces, texts_of
 from tf_gpt2.tokenizer.encoder import Encoder
@@ -112,7 +112,7 @@ class TextGenerator:
         """Continues a text, or any number of texts; returns the new text only.
 
         Args:
-            prompts: one str, or several: a list, or what gives one after the other, such as a generator.
+            prompts: one str, or several: a list, or any iterable such as a generator.
             num_samples: how many texts per prompt.
             **options: as for ``complete_many``: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop``, …
 
@@ -142,7 +142,7 @@ class TextGenerator:
     def complete(
         self, prompts: str | Iterable[str], *, num_samples: int | None = None, **options: Unpack[CompletionOptions]
     ) -> Completion | Sequence[Completion | list[Completion]]:
-        """Continues a text, or any number of texts, and says how: ids, log-probabilities, why it ended, durations.
+        """Continues a text, or any number of texts; returns ids, log-probabilities, finish reasons and durations, too.
 
         Args:
             prompts: one str, or several.
@@ -183,12 +183,12 @@ class TextGenerator:
         prompt_lookup: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Completion] | Iterator[list[Completion]]:
-        """Continues any number of texts, and gives the completions in the order of the prompts, as they are done.
+        """Continues any number of texts; yields the completions in the order of the prompts, as they are done.
 
         Text from nothing (``""``) starts after ``<|endoftext|>``, as between two documents of the training text.
 
-        A list is checked as a whole first; what another iterable gives is read as it is needed, some batches ahead, and
-        what comes before a wrong prompt is completed before its error is raised.
+        A list is checked as a whole first; another iterable is read as it is needed, some batches ahead, and
+        the prompts before a wrong one are completed before its error is raised.
         Memory does not grow with the number of prompts. A text does not depend on how the batches are cut.
 
         Args:
@@ -198,7 +198,7 @@ class TextGenerator:
             stop_at_end_of_text: end a text where the model puts ``<|endoftext|>``.
             num_samples: how many texts per prompt, which is read only once; the first has the prompt's seed, the second
                 the next seed, and so on. Each completion is then a list of so many, even of 1.
-            top_logprobs: how many of the likeliest ids to tell beside each new id.
+            top_logprobs: how many of the likeliest ids to return beside each new id.
             overflow: what to do with a text that is too long for the window: ``"error"`` refuses a prompt that leaves
                 no room, and ends the text when the window is full; ``"truncate"`` drops the prompt's beginning
                 (``Completion.n_truncated``); ``"slide"`` goes on in a new window, see ``tf_gpt2.generate``.
@@ -215,22 +215,25 @@ class TextGenerator:
             ValueError: when an option is out of range, or there are no prompts.
         """
         check_names(options, self.complete_many)
-        return complete_many(
+        check_several("prompts", prompts)
+        stops = check_stops(stop)
+        (batch_size,) = check_counts(batch_size=batch_size)
+        request = make_request(
             self.model,
-            self.encoder,
-            prompts,
-            batch_size=batch_size,
-            progress=progress,
+            len(prompts) if isinstance(prompts, Sized) else None,
             max_new_tokens=max_new_tokens,
-            stop=stop,
             stop_ids=self.stop_ids(stop_at_end_of_text),
-            num_samples=num_samples,
+            num_samples=1 if num_samples is None else num_samples,
             top_logprobs=top_logprobs,
             overflow=overflow,
-            jit_compile=jit_compile,
             prompt_lookup=prompt_lookup,
+            jit_compile=jit_compile,
             **options,
         )
+        completions = complete_many(
+            self.model, self.encoder, prompts, request, stops=stops, batch_size=batch_size, progress=progress
+        )
+        return (only for (only,) in completions) if num_samples is None else completions
 
     def stream(
         self,
@@ -244,9 +247,9 @@ class TextGenerator:
         prompt_lookup: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
-        """Continues a text, and gives the new text in pieces, each as soon as it is certain.
+        """Continues a text; yields the new text in pieces, each as soon as it is certain.
 
-        Joined they are what ``generate`` gives. Nothing is computed while nobody asks for more.
+        Joined they are what ``generate`` returns. Nothing is computed while nobody asks for more.
 
         Args:
             prompt: one str.
@@ -272,17 +275,18 @@ class TextGenerator:
         check_text("prompt", prompt)
         check_names(options, self.stream)
         pieces = TextPieces(self.encoder, check_stops(stop))
-        chunks = stream(
+        row = check_prompt("prompts[0]", self.encode_prompt(prompt), self.model.config, overflow=overflow)
+        request = make_request(
             self.model,
-            self.encode_prompt(prompt),
+            1,
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids(stop_at_end_of_text),
             overflow=overflow,
-            jit_compile=jit_compile,
             prompt_lookup=prompt_lookup,
+            jit_compile=jit_compile,
             **options,
         )
-        return pieces.texts(chunks)
+        return pieces.texts(stream_row(self.model, row, request))
 
     @overload
     def beam_search(  # type: ignore[overload-overlap]
@@ -320,7 +324,7 @@ class TextGenerator:
         return answer(prompts, search)
 
     def stop_ids(self, stop_at_end_of_text: bool) -> list[int]:
-        """Gives the ids that end a text."""
+        """Returns the ids that end a text."""
         end = self.encoder.end_of_text
         return [end] if stop_at_end_of_text and end is not None else []
 
@@ -339,7 +343,7 @@ class TextGenerator:
         warm_up(self.model, prompt_length=prompt_length, max_new_tokens=max_new_tokens, n_prompts=n_prompts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Gives a prompt's ids, ``<|endoftext|>`` for an empty one."""
+        """Returns a prompt's ids, ``<|endoftext|>`` for an empty one."""
         return encode_prompt(self.encoder, text)
 
     @overload

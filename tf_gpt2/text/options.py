@@ -40,7 +40,7 @@ def check_text(name: str, text: object) -> str:
     """Refuses what is no text.
 
     Raises:
-        TypeError: when it is none; says how to make a text of bytes, and of a scalar of NumPy or TensorFlow.
+        TypeError: when it is none; with how to make a text of bytes, and of a scalar of NumPy or TensorFlow.
     """
     if isinstance(text, str):
         return text

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from tf_gpt2.generation.result import GenerationResult, Timings
+from tf_gpt2.generation.run import GenerationResult, Timings
 from tf_gpt2.tokenizer.encoder import Encoder
 
 UNKNOWN = sys.maxsize
@@ -43,12 +43,10 @@ class Completion:
 
 
 def make_completions(
-    encoder: Encoder, result: GenerationResult, stops: Sequence[str], num_samples: int | None
-) -> list[Completion] | list[list[Completion]]:
-    """Makes the text of each prompt, or, where a number of samples was asked for, the list of its texts."""
+    encoder: Encoder, result: GenerationResult, stops: Sequence[str], num_samples: int
+) -> list[list[Completion]]:
+    """Makes the texts of each prompt, as many as it has samples."""
     rows = [make_completion(encoder, result, row, stops) for row in range(len(result.ids))]
-    if num_samples is None:
-        return rows
     return [rows[start : start + num_samples] for start in range(0, len(rows), num_samples)]
 
 
@@ -73,7 +71,7 @@ def make_completion(encoder: Encoder, result: GenerationResult, row: int, stops:
 
 
 def has_stop(encoder: Encoder, ids: Iterable[int], stops: Sequence[str]) -> bool:
-    """Says whether a stop string is in the text of some ids."""
+    """Whether a stop string is in the text of some ids."""
     pieces = TextPieces(encoder, stops)
     pieces.take(ids)
     return pieces.is_stopped
@@ -112,7 +110,7 @@ class TextPieces:
         self._ends: list[int] = []
 
     def take(self, ids: Iterable[int]) -> str:
-        """Gives the text that is certain now and was not before; ids behind a stop string are left alone."""
+        """Returns the text that is certain now and was not before; ids behind a stop string are left alone."""
         text = ""
         for token_id in ids:
             if self.is_stopped:
@@ -125,7 +123,7 @@ class TextPieces:
         return text
 
     def close(self) -> str:
-        """Gives what was held back, when no more ids come."""
+        """Returns what was held back, when no more ids come."""
         if self.is_stopped:
             return ""
         text = self._certain(self._decoder.decode(b"", final=True))
@@ -142,7 +140,7 @@ class TextPieces:
         return n_ids, self._given[n_chars:]
 
     def texts(self, chunks: Iterable[Iterable[int]]) -> Iterator[str]:
-        """Gives the pieces of text, none of them empty, of ids that come several at a time."""
+        """Yields the pieces of text, none of them empty, of ids that come several at a time."""
         for ids in chunks:
             if text := self.take(ids):
                 yield text
@@ -164,11 +162,11 @@ class TextPieces:
 
 
 def find_stop(text: str, stops: Iterable[str]) -> int | None:
-    """Says where the stop string begins that is complete first, of several at once the longest; ``None`` for none."""
+    """Finds where the stop string begins that is complete first, of several at once the longest; ``None`` for none."""
     found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
     return min(found)[1] if found else None
 
 
 def held_back(text: str, stops: Iterable[str]) -> int:
-    """Gives the length of the longest end of a text that a stop string could begin with."""
+    """Returns the length of the longest end of a text that a stop string could begin with."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
