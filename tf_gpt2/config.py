@@ -144,12 +144,12 @@ def read_text(path: Path, most_bytes: int) -> str:
     """Reads a regular file of UTF-8 text, with a line feed at the end of each line.
 
     Args:
-       path: the file.
-       most_bytes: the length of the longest file to accept.
+        path: the file.
+        most_bytes: the length of the longest file to accept.
 
     Raises:
-       OSError: when the file cannot be read, or is a pipe or a device.
-       ValueError: when the file is longer, or not UTF-8.
+        OSError: when the file cannot be read, or is a pipe or a device.
+        ValueError: when the file is longer, or not UTF-8.
     """
     if path.exists() and not path.is_file():
         raise OSError("it is not a file")

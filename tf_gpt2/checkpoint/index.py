@@ -58,7 +58,7 @@ def find_prefix(folder: str | Path) -> Path:
 
     Args:
         folder: holds the file ``checkpoint``, which names the newest checkpoint; or is the path of a checkpoint without
-           its ending. A name with another machine's folders is looked up in ``folder``.
+            its ending. A name with another machine's folders is looked up in ``folder``.
 
     Raises:
         CheckpointError: when there is none.
@@ -109,12 +109,12 @@ def read_small_file(path: Path, most_bytes: int, *, missing: str = "the checkpoi
     """Reads a regular file whole.
 
     Args:
-       path: the file.
-       most_bytes: the length of the longest file to accept.
-       missing: the first words of the error's message: what it means that the file cannot be read.
+        path: the file.
+        most_bytes: the length of the longest file to accept.
+        missing: the first words of the error's message: what it means that the file cannot be read.
 
     Raises:
-       CheckpointError: when there is no such file, or it is too long.
+        CheckpointError: when there is no such file, or it is too long.
     """
     try:
         if path.exists() and not path.is_file():
