@@ -33,7 +33,7 @@ WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 r"""What ``\s`` means in ``PATTERN``; that of ``re`` has U+001C to U+001F too. Source: Unicode, White_Space."""
 
 CHUNK = re.compile(f"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
-"""Cuts text before each run of white space, where a piece always ends: no piece has white space behind other characters."""
+"""Cuts text before each run of white space, where a piece always ends: white space only begins a piece."""
 
 MAX_CACHE_ENTRIES = 1 << 17
 """The cache is emptied when it has so many entries: about 20 MB for English, 100 MB for the worst text."""

@@ -59,7 +59,7 @@ class MergeTable(NamedTuple):
     Attributes:
         n_symbols: int64 (); ``left * n_symbols + right`` is the key of a pair.
         keys: int64 (K,); the keys of the pairs that merge or have rivals, ascending; the last is above all keys.
-        entries: int32 (K, 4); each pair's rank, left and right rival, and merged symbol; the last, those of all other pairs.
+        entries: int32 (K, 4); each pair's rank, left and right rival, and merged symbol; last, those of any other pair.
         is_in_order: whether merges that make a token have lower ranks than those that use it.
     """
 
