@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--size", choices=SHAPES, default="124M", help="size of model; 'toy' to try this program")
     parser.add_argument("--engines", nargs="+", default=["*"], metavar="PATTERN", help=f"of {', '.join(ENGINES)}")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="what to measure")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="jobs to measure")
     parser.add_argument("--pages", choices=PAGES, default="huge", help="of memory, for all engines")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds per job, after the first call")
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet machine, per round")

@@ -61,7 +61,7 @@ def find_prefix(folder: str | Path) -> Path:
             its ending. A name with another machine's folders is looked up in ``folder``.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: when there is no checkpoint.
     """
     folder = Path(folder)
     if not is_folder(folder):
@@ -118,7 +118,7 @@ def read_small_file(path: Path, most_bytes: int, *, missing: str = "the checkpoi
     """
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{missing}: {path} is no file")
+            raise CheckpointError(f"{missing}: {path} is not a file")
         with path.open("rb") as file:
             body = file.read(most_bytes + 1)
     except FileNotFoundError as error:
@@ -131,7 +131,7 @@ def read_small_file(path: Path, most_bytes: int, *, missing: str = "the checkpoi
 
 
 def named_prefix(state: bytes) -> str | None:
-    """Returns the ``model_checkpoint_path`` in the text of a file ``checkpoint``; None when there is none."""
+    """Returns the ``model_checkpoint_path`` in the text of a file ``checkpoint``; None when it has no such line."""
     match = re.search(rb"""^[ \t]*model_checkpoint_path[ \t]*:[ \t]*(["'])((?:[^\\\n]|\\.)+?)\1""", state, re.MULTILINE)
     if match is None:
         return None

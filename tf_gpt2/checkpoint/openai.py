@@ -73,7 +73,7 @@ def read_variables(prefix: Path, config: GPT2Config) -> Iterator[tuple[str, tf.T
     except tf.errors.OpError as error:
         raise CheckpointError(
             f"cannot read the checkpoint {prefix}: {str(error).splitlines()[0]}; "
-            f"take the whole folder anew from where it came"
+            f"copy the whole folder again from its source"
         ) from error
 
 

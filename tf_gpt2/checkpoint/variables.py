@@ -55,11 +55,11 @@ def find_weights(folder: str | Path, config: GPT2Config) -> tuple[Path, list[str
         more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
         raise CheckpointError(
             f"{prefix} does not fit its hparams: {'; '.join(problems[:10])}{more}; "
-            f"take the hparams.json of these weights, or the whole folder anew from where it came"
+            f"take the hparams.json of these weights, or copy the whole folder again from its source"
         )
     if problem := places_that_lack_bytes(prefix, index, list(expected)):
         raise CheckpointError(
-            f"the checkpoint {prefix} is not complete: {problem}; take the whole folder anew from where it came"
+            f"the checkpoint {prefix} is not complete: {problem}; copy the whole folder again from its source"
         )
     return prefix, sorted(index.variables.keys() - expected.keys())
 

@@ -117,19 +117,19 @@ def explain(generator: TextGenerator, text: str) -> Explanation:
     logits, attention = logits_and_attention(generator.model, tf.constant([ids], tf.int32))
     logprobs = tf.nn.log_softmax(logits).numpy()  # (T, V)
     first = ExplainedToken(visible(encoder.decode_bytes(ids[:1])), ids[0], None, None, ())
-    others = [explain_token(encoder, ids[i], logprobs[i - 1]) for i in range(1, len(ids))]
-    return Explanation(config=config, tokens=[first, *others], attention=attention)
+    later_tokens = [explain_token(encoder, ids[i], logprobs[i - 1]) for i in range(1, len(ids))]
+    return Explanation(config=config, tokens=[first, *later_tokens], attention=attention)
 
 
 def explain_token(encoder: Encoder, token_id: int, logprobs: np.ndarray) -> ExplainedToken:
     """Ranks one token among all, given their log-probabilities, (V,)."""
-    own = logprobs[token_id]
-    n_before = np.count_nonzero(logprobs > own) + np.count_nonzero(logprobs[:token_id] == own)
+    logprob = logprobs[token_id]
+    n_before = np.count_nonzero(logprobs > logprob) + np.count_nonzero(logprobs[:token_id] == logprob)
     likeliest = np.argsort(-logprobs, kind="stable")[:N_ALTERNATIVES].tolist()
     return ExplainedToken(
         label=visible(encoder.decode_bytes([token_id])),
         id=token_id,
-        probability=probability_of(own),
+        probability=probability_of(logprob),
         rank=1 + int(n_before),
         likeliest=tuple(
             Candidate(visible(encoder.decode_bytes([i])), i, probability_of(logprobs[i])) for i in likeliest

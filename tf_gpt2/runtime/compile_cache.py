@@ -122,8 +122,8 @@ def make_private(folder: Path) -> None:
 
 def is_own_folder(folder: Path) -> bool:
     """Whether the user owns a folder, and nobody else may write to it; a link is not a folder."""
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def verify(folder: Path) -> int:
@@ -148,28 +148,28 @@ def verify(folder: Path) -> int:
     except BlockingIOError:
         fcntl.flock(manifest, fcntl.LOCK_SH)
         is_alone = False
-    known = read_manifest(manifest)
+    listed = read_manifest(manifest)
     for entry in entries(folder):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if not is_sound(entry, known.get(entry.name), keep_unknown=not is_alone):
+            if not is_sound(entry, listed.get(entry.name), keep_unlisted=not is_alone):
                 remove(entry)
                 append(manifest, {entry.name: REMOVED})
     if is_alone:
         os.ftruncate(manifest, 0)
-        append(manifest, {entry.name: known[entry.name] for entry in entries(folder) if entry.name in known})
+        append(manifest, {entry.name: listed[entry.name] for entry in entries(folder) if entry.name in listed})
         fcntl.flock(manifest, fcntl.LOCK_SH)
     return manifest
 
 
-def is_sound(entry: Path, expected: Checksum | None, *, keep_unknown: bool) -> bool:
-    """Whether an entry may stay: it is a file with the expected checksum, or with none and ``keep_unknown`` is set."""
-    found = entry.lstat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe would keep TensorFlow waiting for ever
+def is_sound(entry: Path, expected: Checksum | None, *, keep_unlisted: bool) -> bool:
+    """Whether an entry may stay: it is a file with the expected checksum, or with none and ``keep_unlisted`` is set."""
+    status = entry.lstat()
+    if not stat.S_ISREG(status.st_mode):  # TensorFlow would wait at a pipe without end
         return False
     if expected is None:
-        return keep_unknown
+        return keep_unlisted
     try:
-        return found.st_size == expected.n_bytes and checksum_of(entry) == expected
+        return status.st_size == expected.n_bytes and checksum_of(entry) == expected
     except OSError:  # the disk cannot read it
         return False
 
@@ -177,11 +177,11 @@ def is_sound(entry: Path, expected: Checksum | None, *, keep_unknown: bool) -> b
 def record(folder: Path, manifest: int) -> None:
     """Adds the checksums of new entries to the manifest; does nothing where that fails."""
     with contextlib.suppress(OSError):
-        known = read_manifest(manifest)
+        listed = read_manifest(manifest)
         new = {}
         for entry in entries(folder):
             with contextlib.suppress(FileNotFoundError):
-                if entry.name not in known and stat.S_ISREG(entry.lstat().st_mode):
+                if entry.name not in listed and stat.S_ISREG(entry.lstat().st_mode):
                     new[entry.name] = checksum_of(entry)
         append(manifest, new)
 

@@ -77,7 +77,7 @@ def export_saved_model(
     Raises:
         FileExistsError: when the version exists, or another process made it meanwhile.
         ImportError: when ``warm_up="xla"`` and the extra ``serving`` is not installed.
-        ParamsError: when weights hold NaN or infinity, with which a server would give empty texts.
+        ParamsError: when weights hold NaN or infinity, for which a server would return empty texts.
         ValueError: when a number is out of range, ``warm_up`` is another value, or TensorFlow would read the path of
             ``folder`` as a pattern.
 

@@ -61,13 +61,13 @@ class Checked(NamedTuple):
     errors: tf.Tensor
 
 
-def check_options(given: Options, n_rows: tf.Tensor) -> Checked:
+def check_options(sent: Options, n_rows: tf.Tensor) -> Checked:
     """Spreads each option over the rows, and finds the rows that cannot be served.
 
     Raises:
         tf.errors.InvalidArgumentError: when an option has neither one value nor one per row.
     """
-    spread = {name: per_row(name, values, n_rows) for name, values in given.items()}
+    spread = {name: per_row(name, values, n_rows) for name, values in sent.items()}
     errors = tf.fill([n_rows], "")
     for name, values in spread.items():
         rule = SERVED_RULES[name]
@@ -106,12 +106,12 @@ def first_error(errors: tf.Tensor, holds: tf.Tensor, sentence: str | tf.Tensor) 
     return tf.where((errors != "") | holds, errors, sentence)
 
 
-def make_sampling(options: Options, n_vocab: int) -> Sampling:
+def sampling_from(options: Options, n_vocab: int) -> Sampling:
     """Makes the sampling settings from checked options."""
     seeds = options["seed"]  # (B,)
     words = tf.stack([seeds & 0xFFFFFFFF, tf.bitwise.right_shift(seeds, tf.constant(32, tf.int64))], axis=1)
     of_rows = {name: options[name] for name in Processing._fields if name in options}
     processing = Processing(bias=tf.zeros([n_vocab]), bad_words=tf.fill([1, 1], -1), **of_rows)
-    own = {name: options[name] for name in Sampling._fields if name in options}
-    own |= dict.fromkeys(("n_before", "n_new"), tf.zeros_like(options["top_k"]))
-    return Sampling(seeds=tf.cast(words, tf.uint32), processing=processing, **own)
+    settings = {name: options[name] for name in Sampling._fields if name in options}
+    settings |= dict.fromkeys(("n_before", "n_new"), tf.zeros_like(options["top_k"]))
+    return Sampling(seeds=tf.cast(words, tf.uint32), processing=processing, **settings)

@@ -69,9 +69,9 @@ class PromptReader:
             starts, errors = tf.maximum(lengths - most_tokens, 0), tf.fill(tf.shape(lengths), "")
         else:
             starts, errors = tf.zeros_like(lengths), self.errors(lengths, is_long, most_tokens)
-        kept = tf.where(errors == "", tf.minimum(lengths, most_tokens), 0)
-        kept = check_positions(kept, tf.size(kept), longest(kept))
-        return Rows(cut(ids, starts, kept), kept, errors)
+        n_kept = tf.where(errors == "", tf.minimum(lengths, most_tokens), 0)
+        n_kept = check_positions(n_kept, tf.size(n_kept), longest(n_kept))
+        return Rows(cut(ids, starts, n_kept), n_kept, errors)
 
     def encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
         """Turns texts into ids: string (B,) -> int32 (B, T), T ragged; fails the request when texts are too long."""
@@ -132,7 +132,9 @@ def one_length_per_row(ids: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, t
     return require((ids, lengths), n_lengths == n_rows, *sentence)
 
 
-def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: int, least_tokens: int = 0) -> Rows:
+def check_sent_ids(
+    ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: int, least_tokens: int = 0
+) -> Rows:
     """Checks rows of ids that a client sent: int32 (B, T), int32 (B,).
 
     The request's positions are those of ``ids``, whatever ``lengths`` says: the tensors computed here have that shape.
@@ -168,10 +170,10 @@ def join(first: Rows, second: Rows, *, most_tokens: int) -> Rows:
     sentence = tf.strings.join(["text and ids have ", n_tokens, f" tokens, at most {most_tokens} are possible"])
     errors = first_error(errors, lengths <= most_tokens, sentence)
     lengths = tf.where(errors == "", lengths, 0)
-    both = tf.concat([first.ids, second.ids], axis=1)  # (B, T1 + T2)
-    columns = tf.range(tf.shape(both)[1])[None]
+    joined = tf.concat([first.ids, second.ids], axis=1)  # (B, T1 + T2)
+    columns = tf.range(tf.shape(joined)[1])[None]
     is_first = columns < first.lengths[:, None]
     places = tf.where(is_first, columns, columns - first.lengths[:, None] + tf.shape(first.ids)[1])
     places = tf.where(columns < lengths[:, None], places, 0)
-    ids = tf.where(columns < lengths[:, None], tf.gather(both, places, batch_dims=1), 0)
+    ids = tf.where(columns < lengths[:, None], tf.gather(joined, places, batch_dims=1), 0)
     return Rows(ids, lengths, errors)

@@ -21,17 +21,17 @@ from tf_gpt2.serving.options import (
     Options,
     check_options,
     first_error,
-    make_sampling,
     neutral,
     option_default,
     option_dtype,
     require,
+    sampling_from,
 )
 from tf_gpt2.serving.prompts import (
     PromptReader,
     Rows,
-    check_ids,
     check_positions,
+    check_sent_ids,
     cut,
     join,
     longest,
@@ -113,9 +113,9 @@ class ServedFunctions:
         signature = inspect.Signature(parameters)
 
         def named(*args: Any, **kwargs: Any) -> Outputs:
-            given = signature.bind(*args, **kwargs).arguments
-            inputs = [given.pop(spec.name) for spec in specs]
-            return function(*inputs, **given)
+            arguments = signature.bind(*args, **kwargs).arguments
+            inputs = [arguments.pop(spec.name) for spec in specs]
+            return function(*inputs, **arguments)
 
         named.__signature__ = signature  # type: ignore[attr-defined]
         named.__name__ = function.__name__
@@ -132,25 +132,25 @@ class ServedFunctions:
     def generate(self, text: tf.Tensor, **options: tf.Tensor) -> Outputs:
         """Continues texts as each row's options say."""
         rows = self.reader.start_empty(self.reader.read(text, tf.constant(self.config.n_ctx - 1)))
-        found = self._generate(rows, rows.lengths, options)
-        return {"text": self._text(found), **name_outputs(found), "prompt_length": rows.lengths}
+        generated = self._generate(rows, rows.lengths, options)
+        return {"text": self._text(generated), **name_outputs(generated), "prompt_length": rows.lengths}
 
     def generate_ids(self, ids: tf.Tensor, lengths: tf.Tensor, **options: tf.Tensor) -> Outputs:
         """Continues rows of ids."""
         n_vocab, most_tokens = self.config.n_vocab, self.config.n_ctx - 1
-        rows = check_ids(ids, lengths, n_vocab=n_vocab, most_tokens=most_tokens, least_tokens=1)
+        rows = check_sent_ids(ids, lengths, n_vocab=n_vocab, most_tokens=most_tokens, least_tokens=1)
         return name_outputs(self._generate(rows, rows.lengths, options))
 
     def next(self, text: tf.Tensor, ids: tf.Tensor, lengths: tf.Tensor, **options: tf.Tensor) -> Outputs:
         """Appends the next tokens to those that a client got before, for clients that show text as it comes."""
         prompts = self.reader.start_empty(self.reader.read(text, tf.constant(self.config.n_ctx - 1)))
-        said = check_ids(ids, lengths, n_vocab=self.config.n_vocab, most_tokens=self.config.n_ctx)
-        found = self._generate(join(prompts, said, most_tokens=self.config.n_ctx), prompts.lengths, options)
+        earlier = check_sent_ids(ids, lengths, n_vocab=self.config.n_vocab, most_tokens=self.config.n_ctx)
+        generated = self._generate(join(prompts, earlier, most_tokens=self.config.n_ctx), prompts.lengths, options)
         return {
-            "ids": found.ids,
-            "lengths": found.lengths,
-            "text": self._text(found),
-            "finish_reason": found.finish_reason,
+            "ids": generated.ids,
+            "lengths": generated.lengths,
+            "text": self._text(generated),
+            "finish_reason": generated.finish_reason,
         }
 
     def score(self, text: tf.Tensor) -> Outputs:
@@ -159,11 +159,11 @@ class ServedFunctions:
         n_rows = tf.shape(text)[0]
         targets = self._pad(rows.ids)  # (B', T)
         start = -1 if self.reader.end_of_text is None else self.reader.end_of_text
-        known = tf.concat([tf.fill([tf.shape(targets)[0], 1], max(start, 0)), targets[:, :-1]], axis=1)
+        context = tf.concat([tf.fill([tf.shape(targets)[0], 1], max(start, 0)), targets[:, :-1]], axis=1)
         if start < 0:  # no token can stand before the first one, so that gets 0; the others are scored as usual
-            known = targets
+            context = targets
             targets = tf.pad(targets[:, 1:], [[0, 0], [0, 1]])
-        logprobs = self.loop.logprobs(known, targets)
+        logprobs = self.loop.logprobs(context, targets)
         if start < 0:
             logprobs = tf.pad(logprobs[:, :-1], [[0, 0], [1, 0]])
         columns = tf.range(tf.shape(rows.ids)[1])[None]
@@ -193,7 +193,7 @@ class ServedFunctions:
         n_vocab, n_ctx = self.config.n_vocab, self.config.n_ctx
         n_rows, width = tf.shape(ids)[0], tf.shape(ids)[1]
         ids = at_most(ids, MOST_LOGITS // n_vocab)
-        rows = check_ids(ids, lengths, n_vocab=n_vocab, most_tokens=n_ctx)
+        rows = check_sent_ids(ids, lengths, n_vocab=n_vocab, most_tokens=n_ctx)
         logits = self.loop.logits(self._pad(rows.ids))[:n_rows]  # (B, T', V)
         logits = tf.pad(logits, [[0, 0], [0, tf.maximum(width - tf.shape(logits)[1], 0)], [0, 0]])[:, :width]
         is_inside = tf.range(width)[None] < rows.lengths[:, None]  # (B, T)
@@ -214,8 +214,8 @@ class ServedFunctions:
         lengths = tf.clip_by_value(lengths, 0, tf.shape(ids)[1])
         return {"text": certain_text(self.reader.in_graph, ids, lengths, tf.fill(tf.shape(lengths), True))}
 
-    def _text(self, found: Generated) -> tf.Tensor:
-        return certain_text(self.reader.in_graph, found.ids, found.lengths, found.finish_reason != "")
+    def _text(self, generated: Generated) -> tf.Tensor:
+        return certain_text(self.reader.in_graph, generated.ids, generated.lengths, generated.finish_reason != "")
 
     def _pad(self, ids: tf.Tensor, n_positions: tf.Tensor | None = None) -> tf.Tensor:
         """Pads rows to a shape that the model runs on; fails if that is too large: (B, T) -> (B', T')."""
@@ -264,7 +264,7 @@ class ServedFunctions:
         lengths = tf.maximum(pad(rows.lengths), 1)
         prompts = Prompts(ids, lengths, tf.minimum(pad(prompt_lengths), lengths))
         spread = {name: tf.pad(x, padding, constant_values=neutral(name)) for name, x in options.items()}
-        sampling = make_sampling(spread, self.config.n_vocab)
+        sampling = sampling_from(spread, self.config.n_vocab)
         continued = self.loop.generate(prompts, sampling, Limits(pad(limits), tf.constant(self.stop_ids)))
         return Continued(*(x[:n_rows] for x in continued))
 
@@ -282,11 +282,11 @@ def at_most(ids: tf.Tensor, most_places: int) -> tf.Tensor:
     return require(ids, n_places <= most_places, f"ids must have at most {most_places} places in all, got", n_places)
 
 
-def name_outputs(found: Generated) -> Outputs:
+def name_outputs(generated: Generated) -> Outputs:
     """Returns the outputs of a generation under the names that clients see."""
     return {
-        "ids": found.ids,
-        "logprobs": found.logprobs,
-        "finish_reason": found.finish_reason,
-        "completion_length": found.lengths,
+        "ids": generated.ids,
+        "logprobs": generated.logprobs,
+        "finish_reason": generated.finish_reason,
+        "completion_length": generated.lengths,
     }

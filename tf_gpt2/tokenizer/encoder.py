@@ -30,7 +30,7 @@ PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 """Cuts text into pieces. Source: openai/gpt-2, ``src/encoder.py``."""
 
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-r"""What ``\s`` means in ``PATTERN``; that of ``re`` has U+001C to U+001F too. Source: Unicode, White_Space."""
+r"""The characters that ``\s`` matches in ``PATTERN``; in ``re`` it matches U+001C to U+001F, too. Source: Unicode."""
 
 CHUNK = re.compile(f"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
 """Cuts text before each run of white space, where a piece always ends: white space only begins a piece."""
@@ -62,8 +62,8 @@ def bytes_to_unicode() -> dict[int, str]:
     Source: openai/gpt-2, ``src/encoder.py``.
     """
     visible = [byte for byte in range(256) if 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    invisible = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(invisible)}
 
 
 class Encoder:
@@ -214,8 +214,8 @@ class Encoder:
         except TypeError:
             raise TypeError(f"ids has a {type(token_id).__name__}, not an integer; decode one row at a time") from None
         except KeyError:
-            known = f"the ids of the {len(self)} tokens run from {min(self.decoder)} to {max(self.decoder)}"
-            raise ValueError(f"ids has {token_id}, which the vocabulary lacks; {known}") from None
+            id_range = f"the ids of the {len(self)} tokens run from {min(self.decoder)} to {max(self.decoder)}"
+            raise ValueError(f"ids has {token_id}, which the vocabulary lacks; {id_range}") from None
 
     def _check(self) -> None:
         if missing := [symbol for symbol in self.byte_decoder if symbol not in self.encoder]:
