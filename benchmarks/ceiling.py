@@ -1,10 +1,10 @@
-"""What is the most this machine can do: how fast can it read weights, and multiply matrices?
+"""Measures the machine's limits: how fast it can read weights, and multiply matrices.
 
-Decoding one token of one sequence reads every weight once, so memory bandwidth bounds it. The bound counts only if no
-program reads faster, so it is not taken from one loop: a small C program (compiled on the spot; without a compiler,
-NumPy) reads a buffer of the weights' size with all threads in several patterns, 1 to 16 streams per thread, with and
-without asking for lines ahead of use. Passes of the patterns alternate; a pattern's bandwidth is that of its median
-pass, and the machine's is that of the best pattern. It is measured with small pages and with huge ones.
+Decoding one token of one sequence reads every weight once, so memory bandwidth bounds it. The bound is right only if no
+program reads faster, so one loop is not enough to measure it: a small C program (compiled on the spot; without a
+compiler, NumPy) reads a buffer of the weights' size with all threads in several patterns, 1 to 16 streams per thread,
+with and without prefetching. Passes of the patterns alternate; a pattern's bandwidth is that of its median pass, and
+the machine's is that of the best pattern. Both small and huge pages are measured.
 
     python -m benchmarks.ceiling
     python -m benchmarks.ceiling --size 355M --threads 1
@@ -39,15 +39,15 @@ STREAMS = (1, 2, 4, 8, 16)
 AHEAD_BYTES = (0, 1024, 4096)
 HUGE_PAGE_BYTES = 2 << 20
 MADV_NOHUGEPAGE = 15
-"""Missing from Python's ``mmap``. Source: Linux, ``mman-common.h``."""
+"""A constant that Python's ``mmap`` lacks. Source: Linux, ``mman-common.h``."""
 
 
 class Pattern(NamedTuple):
-    """How a thread reads.
+    """The way in which a thread reads.
 
     Attributes:
-        streams: how many runs of memory side by side.
-        ahead_bytes: how far ahead of use it asks for a line; 0 leaves that to the processor.
+        streams: how many runs of memory it reads side by side.
+        ahead_bytes: how far ahead of use it prefetches a line; 0 leaves that to the processor.
     """
 
     streams: int
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--size", choices=SIZES, default="124M", help="whose float32 weights to read")
+    parser.add_argument("--size", choices=SIZES, default="124M", help="size of model whose float32 weights to read")
     parser.add_argument("--threads", type=int, default=available_cores(), help="reading threads")
     parser.add_argument("--passes", type=int, default=9, help="passes per pattern")
     return parser.parse_args()
@@ -86,7 +86,7 @@ def available_cores() -> int:
 
 
 def bytes_per_token(config: GPT2Config) -> int:
-    """Counts the bytes of float32 weights that one decoded token reads: all but ``wpe``, of which it reads one row."""
+    """Counts the bytes of float32 weights that one decoded token reads: all of them, but only one row of ``wpe``."""
     per_block = sum(int(np.prod(shape)) for _, shape in leaves(block_shapes(config)))
     return 4 * (config.n_layer * per_block + (config.n_vocab + 2) * config.n_embd)
 
@@ -96,7 +96,7 @@ class Reader:
 
     Args:
         n_bytes: size of the buffer.
-        huge_pages: whether to ask the kernel for pages of 2 MiB, or for none.
+        huge_pages: whether to ask the kernel for pages of 2 MiB.
         n_threads: how many threads read.
     """
 
@@ -109,7 +109,7 @@ class Reader:
             self.patterns = [Pattern(1, 0)]
 
     def measure(self, n_passes: int = 5) -> dict[str, Any]:
-        """Measures all patterns; gives the best one's ``bytes_per_s`` and, under ``patterns``, that of each."""
+        """Measures all patterns; returns the best one's ``bytes_per_s`` and, under ``patterns``, that of each."""
         times_s: dict[Pattern, list[float]] = {pattern: [] for pattern in self.patterns}
         for _ in range(n_passes):
             for pattern in self.patterns:
@@ -122,7 +122,7 @@ class Reader:
         }
 
     def time_pass(self, pattern: Pattern) -> float:
-        """Gives the seconds of one pass."""
+        """Returns the seconds of one pass."""
         if self.read_pass is None:
             return time_numpy_pass(self.buffer, self.n_threads)
         return self.read_pass(
@@ -131,7 +131,7 @@ class Reader:
 
 
 def allocate(n_bytes: int, *, huge_pages: bool) -> tuple[mmap.mmap, np.ndarray]:
-    """Gives memory of its own and, within it, a float32 array of ones that starts at a huge page's border."""
+    """Maps new memory; returns it and, within it, a float32 array of ones that starts at a huge page's border."""
     kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, **kind)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -145,7 +145,7 @@ def allocate(n_bytes: int, *, huge_pages: bool) -> tuple[mmap.mmap, np.ndarray]:
 
 
 def compile_reader() -> Callable[..., float] | None:
-    """Compiles ``ceiling.c`` for this processor and gives its ``read_pass``; ``None`` without a compiler."""
+    """Compiles ``ceiling.c`` for this processor and returns its ``read_pass``; ``None`` without a compiler."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "ceiling.so"
         source = Path(__file__).with_suffix(".c")
@@ -169,7 +169,7 @@ def time_numpy_pass(buffer: np.ndarray, n_threads: int) -> float:
 
 
 def measure_gemm(n: int = 2048, n_repetitions: int = 5) -> float:
-    """Gives the float32 operations per second of NumPy's product of two square matrices, on all cores."""
+    """Measures the float32 operations per second of NumPy's product of two square matrices, on all cores."""
     a = np.ones((n, n), np.float32)
     times_s = []
     for _ in range(n_repetitions + 1):
@@ -180,7 +180,7 @@ def measure_gemm(n: int = 2048, n_repetitions: int = 5) -> float:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Names what figures depend on: processor, cores, memory, kernel."""
+    """Describes the machine that the figures depend on: processor, cores, memory, kernel."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

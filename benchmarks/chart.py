@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Writes one picture with a panel per job; the order of engines is that of decoding."""
+    """Writes one picture with a panel per job; engines are in the order of their decoding speed."""
     rates = result["summary"]["tokens_per_s"]
     engines = sorted(rates["decode"], key=rates["decode"].get)
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 0.36 * len(engines) + 1.5), sharey=True)

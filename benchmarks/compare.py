@@ -1,10 +1,10 @@
-"""How fast does GPT-2 generate here, beside other engines on the same weights, and beside what the memory allows?
+"""Compares our speed of generation with other engines on the same weights, and with the memory's bandwidth.
 
-Random weights, greedy, no early stop. Each engine is a process of its own that is idle while another runs. Engines run
-in groups that fit in memory, with ours in float32 and int8 in each group; ratios are taken within a round of a group,
-and their median counts. Greedy ids are compared with ours of float32 before anything is timed. Prefill ends with the
-first new token. Conversion to an engine's own format is not timed. What XLA compiles goes to a new folder, so that the
-first call compiles, and a second process finds it there.
+Weights are random, decoding is greedy and never stops early. Each engine is a process of its own that is idle while
+another runs. Engines run in groups that fit in memory, with ours in float32 and int8 in each group; ratios are taken
+within a round of a group, and their median counts. Greedy ids are compared with ours of float32 before the timing.
+Prefill ends with the first new token. Conversion to an engine's own format is not timed. The compile cache is a new
+folder, so that the first call compiles, and a second process finds the compiled code there.
 
     python -m benchmarks.compare
     python -m benchmarks.compare --against benchmarks/results/compare.json
@@ -54,9 +54,9 @@ from tf_gpt2.config import SIZES, GPT2Config
 
 OUTPUT = Path("build/bench/compare.json")
 PAGES = {"huge": "glibc.malloc.hugetlb=1", "default": "glibc.malloc.hugetlb=0"}
-"""What ``GLIBC_TUNABLES`` is for all engines: whether ``malloc`` asks the kernel for huge pages."""
+"""The value of ``GLIBC_TUNABLES`` for all engines: whether ``malloc`` asks the kernel for huge pages."""
 FIRST_NEW = 16
-"""New tokens of the first call: it shows what starting costs, not how fast the rest is."""
+"""New tokens of the first call: few, because it shows the cost of starting, not the speed of decoding."""
 SHAPES = {"toy": GPT2Config(n_vocab=1000, n_ctx=1024, n_embd=64, n_head=2, n_layer=2), **SIZES}
 
 
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def read_alike(arguments: argparse.Namespace) -> Result | None:
-    """Reads what to compare with, if anything; stops where it was not measured alike."""
+    """Reads the stored result to compare with, if there is one; exits when it was not measured alike."""
     stored = read_stored(arguments)
     try:
         if stored:
@@ -90,9 +90,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--size", choices=SHAPES, default="124M", help="whose shapes; 'toy' to try this program")
+    parser.add_argument("--size", choices=SHAPES, default="124M", help="size of model; 'toy' to try this program")
     parser.add_argument("--engines", nargs="+", default=["*"], metavar="PATTERN", help=f"of {', '.join(ENGINES)}")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="what to measure")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="jobs to measure")
     parser.add_argument("--pages", choices=PAGES, default="huge", help="of memory, for all engines")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds per job, after the first call")
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet machine, per round")
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def in_turn(jobs: list[str]) -> list[list[str]]:
-    """Gives the jobs one by one, those together that are done in one round."""
+    """Returns lists of jobs; those in one list are done in one round."""
     together = [job for job in jobs if job in IN_ONE_ROUND]
     return [[job] for job in jobs if job not in IN_ONE_ROUND] + ([together] if together else [])
 
@@ -118,7 +118,7 @@ class Comparison:
     """One run.
 
     Args:
-        folder: empty; takes the weights in all formats, and what XLA compiles.
+        folder: empty; gets the weights in all formats, and the compile cache.
         arguments: from the command line.
     """
 
@@ -131,7 +131,7 @@ class Comparison:
         self.engines: dict[str, dict[str, Any]] = {}
 
     def run(self) -> dict[str, Any]:
-        """Measures everything and gives what is stored, but for the summary."""
+        """Measures everything; returns the result to store, but for the summary."""
         arguments = self.arguments
         self.say(f"{arguments.size}, {arguments.threads} threads, {arguments.pages} pages, weights in {self.folder}")
         n_params = self.write_weights()
@@ -162,7 +162,7 @@ class Comparison:
         }
 
     def write_weights(self) -> int:
-        """Writes one set of weights twice: as OpenAI's checkpoint, which ours loads, and as peers read it."""
+        """Writes one set of weights twice: as OpenAI's checkpoint, for ours, and in the form that the peers read."""
         import tf_gpt2
 
         params = random_params(self.config)
@@ -174,7 +174,7 @@ class Comparison:
         return count_params(params)
 
     def prepare(self, engine: str) -> bool:
-        """Has an engine write its own format; gives whether it can take part."""
+        """Lets an engine write its own format; returns whether it can take part."""
         reason = why_missing(engine)
         if reason is None and adapter_of(engine) in OWN_FORMAT:
             self.say(f"preparing {engine}")
@@ -187,12 +187,12 @@ class Comparison:
         return reason is None
 
     def skip(self, engine: str, reason: str) -> None:
-        """Goes on without an engine, and says so."""
+        """Drops an engine, and prints why."""
         self.skipped[engine] = reason
         self.say(f"without {engine}: {reason}")
 
     def start(self, engine: str) -> Worker:
-        """Starts an engine's process, and has it load the weights."""
+        """Starts an engine's process, and lets it load the weights."""
         environment = {
             "GLIBC_TUNABLES": PAGES[self.arguments.pages],
             "TF_GPT2_COMPILE_CACHE": str(self.folder / "compiled"),
@@ -230,7 +230,7 @@ class Comparison:
         return {"engines": list(workers), "jobs": jobs}
 
     def first_call(self, engine: str, worker: Worker) -> None:
-        """Notes how long an engine takes to its first result; of ours, a later process finds what this one compiled."""
+        """Records an engine's time to its first result; for ours, also that of a process that finds compiled code."""
         reply = worker.ask(**self.task("decode") | {"max_new_tokens": FIRST_NEW})
         times = {"ready_s": worker.loaded["ready_s"], "first_call_s": reply["prefill_s"] + reply["decode_s"]}
         if engine not in self.engines:
@@ -241,7 +241,7 @@ class Comparison:
             self.engines[engine]["warm"] = times
 
     def greedy_ids(self, job: str, workers: dict[str, Worker]) -> dict[str, list[list[int]]]:
-        """Does a job once with each engine; leaves out those that fail, so that what others gave is not lost."""
+        """Does a job once with each engine; drops those that fail, so that the others' results are not lost."""
         ids = {}
         for engine, worker in workers.items():
             try:
@@ -276,11 +276,11 @@ class Comparison:
         return {job: {"parting": partings[job], "rounds": rounds[job]} for job in jobs}
 
     def task(self, job: str) -> dict[str, Any]:
-        """Gives what all engines are asked."""
+        """Returns the request that all engines get."""
         return JOBS[job].task(self.config.n_vocab)
 
     def say(self, line: str) -> None:
-        """Tells on standard error what is going on."""
+        """Prints the progress on standard error."""
         print(f"{time.perf_counter() - self.start_s:6.0f} s  {line}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Which engines are compared, and what they are asked. An engine's name is ``adapter:precision``."""
+"""Lists the engines to compare and the jobs that they do. An engine's name is ``adapter:precision``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks.environments import PEERS_DIR
 
 OURS = "tf_gpt2"
 REFERENCE = "tf_gpt2:float32"
-"""Whose greedy ids all others are held against."""
+"""The engine whose greedy ids all others are compared with."""
 ANCHORS = (REFERENCE, "tf_gpt2:int8")
-"""Run beside each group of engines, so that each peer has ours in its own rounds."""
+"""Our engines that run with each group, so that each peer has ours in its own rounds."""
 ENGINES = (
     *ANCHORS,
     "tf_gpt2:bfloat16",
@@ -37,11 +37,11 @@ LABELS = {
     "openvino": "OpenVINO",
 }
 OWN_FORMAT = ("ctranslate2", "llama_cpp", "openvino")
-"""Adapters that write a file of their own before they can load."""
+"""Adapters that must write a file in their own format before they can load."""
 
 
 class Job(NamedTuple):
-    """What an engine is asked to generate.
+    """A generation that an engine is asked for.
 
     Attributes:
         batch: how many prompts at once.
@@ -62,7 +62,7 @@ class Job(NamedTuple):
 
     @property
     def is_prefill(self) -> bool:
-        """Whether the time to the first token counts, not that of the others."""
+        """Whether the time to the first token counts, instead of that of the others."""
         return self.new == 1
 
 
@@ -77,7 +77,7 @@ JOBS = {
 
 
 IN_ONE_ROUND = ("position_50", "position_1000")
-"""Jobs whose times are held against each other."""
+"""Jobs whose times are compared with each other."""
 
 
 def is_ours(engine: str) -> bool:
@@ -93,18 +93,18 @@ def precision_of(engine: str) -> str:
 
 
 def label(engine: str) -> str:
-    """Gives the name that a reader knows: ``llama_cpp:q8_0`` -> ``llama.cpp Q8_0``."""
+    """Returns the name that a reader knows: ``llama_cpp:q8_0`` -> ``llama.cpp Q8_0``."""
     precision = precision_of(engine)
     return f"{LABELS[adapter_of(engine)]} {precision.upper() if precision.startswith('q') else precision}"
 
 
 def python_of(engine: str) -> Path:
-    """Gives the interpreter that an engine needs; it may be missing."""
+    """Returns the path of the interpreter that an engine needs; it may not exist."""
     return Path(sys.executable) if is_ours(engine) else PEERS_DIR.absolute() / adapter_of(engine) / "bin" / "python"
 
 
 def why_missing(engine: str) -> str | None:
-    """Says how to build the environment of an engine that has none."""
+    """Returns the advice how to build the environment of an engine that has none."""
     if python_of(engine).exists():
         return None
     return f"no environment {PEERS_DIR.name}/{adapter_of(engine)}; 'make bench-peers' builds it"

@@ -1,13 +1,13 @@
-"""Builds the peers' environments: ``.peers/ENGINE``, one each, since what they need does not fit together.
+"""Builds the peers' environments ``.peers/ENGINE``: one each, because their requirements conflict.
 
-An environment is built again when its requirements change. One that cannot be built hinders no other.
+An environment is built again when its requirements change. One that cannot be built does not stop the others.
 
     python -m benchmarks.environments
     python -m benchmarks.environments huggingface ctranslate2
     python -m benchmarks.environments tensorflow-2.12
 
-``requirements/ENGINE.txt`` says what goes in; ``requirements/ENGINE.no_deps.txt``, where there is one, what goes in
-without its own dependencies. llama.cpp is compiled, which takes minutes and a C++ compiler. Needs no package.
+``requirements/ENGINE.txt`` lists the packages; ``requirements/ENGINE.no_deps.txt``, where there is one, those to
+install without their dependencies. llama.cpp is compiled, which takes minutes and a C++ compiler. Needs no package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 REQUIREMENTS = Path(__file__).parent / "peers" / "requirements"
 ENGINES = sorted(path.stem for path in REQUIREMENTS.glob("*.txt") if "." not in path.stem)
 OTHERS = sorted(path.stem for path in REQUIREMENTS.glob("tensorflow-*.txt"))
-"""What only tests need: made when it is asked for."""
+"""Environments that only tests need: built when they are named."""
 PEERS_DIR = Path(os.environ.get("TF_GPT2_PEERS_DIR", Path(__file__).parents[1] / ".peers"))
 
 
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def build(engine: str, folder: Path) -> bool:
-    """Makes an environment what the requirements say; gives whether it is."""
+    """Builds an environment as its requirements say; returns whether that succeeded."""
     files = requirement_files(engine)
     stamp, content = folder / "stamp", fingerprint(files)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == content:

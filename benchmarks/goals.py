@@ -1,4 +1,4 @@
-"""What the project wants to reach, held against what was measured."""
+"""Compares the project's goals with the measured figures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FLOAT32, INT8 = "tf_gpt2:float32", "tf_gpt2:int8"
 
 
 def check_goals(result: Result) -> list[dict[str, Any]]:
-    """Gives ``goal``, ``measured``, ``reached`` and ``command`` of each.
+    """Returns ``goal``, ``measured``, ``reached`` and ``command`` of each goal.
 
-    The second and the third are ``None`` where a peer is missing. The command measures that goal alone, and follows
-    ``python -m benchmarks.``.
+    ``measured`` and ``reached`` are ``None`` where a peer is missing. ``command`` is the part after
+    ``python -m benchmarks.`` of the command that measures that goal alone.
     """
     return [*decode_goals(result), *batch_goals(result), *prefill_goals(result), *own_goals(result)]
 
@@ -54,7 +54,7 @@ def batch_goals(result: Result) -> list[dict[str, Any]]:
 
 
 def prefill_goals(result: Result) -> list[dict[str, Any]]:
-    # ratios are of speeds, these goals of times
+    # the ratios are of speeds, these goals of times
     peers = result["summary"]["ratios"].get("prefill_512", {}).get(FLOAT32, {})
     best = max((1 / value for value in peers.values()), default=None)
     int8 = between_ours(result, "prefill_512")
@@ -84,19 +84,19 @@ def own_goals(result: Result) -> list[dict[str, Any]]:
 
 
 def compare(jobs: str, *engines: str) -> str:
-    """Gives the command that does some jobs with ours in float32 and other engines."""
+    """Returns the command that does some jobs with ours in float32 and other engines."""
     names = " ".join(f"'{engine}'" if "*" in engine else engine for engine in engines)
     return f"compare --jobs {jobs} --engines {names}"
 
 
 def between_ours(result: Result, job: str) -> float | None:
-    """Gives how many times as fast as float32 int8 is."""
+    """Returns the speed of int8 as a multiple of that of float32."""
     rates = result["summary"]["tokens_per_s"].get(job, {})
     return ratio(result, job, INT8, FLOAT32) if {INT8, FLOAT32} <= rates.keys() else None
 
 
 def time_far(result: Result, engine: str) -> float | None:
-    """Gives the time per token at position 1000 over that at 50."""
+    """Returns the time per token at position 1000 over that at 50."""
     speed = speed_far(result, engine)
     return speed and 1 / speed
 

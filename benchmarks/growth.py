@@ -1,8 +1,8 @@
-"""How does the cost of a step grow with the batch, the context and the model, and where does its time go?
+"""Measures how the time of a step grows with the batch, the context and the model, and which parts take it.
 
-Ours only, greedy, random weights. All variants of one model are compiled first and then timed in turn, so that what
-else the machine does hits all of them alike. A part of a step is measured by leaving it out: the time of the whole less
-the time without the part.
+Only ours runs, greedily, with random weights. All variants of one model are compiled first and then timed in turn, so
+that other work of the machine slows all of them alike. A part of a step is measured by leaving it out: its time is that
+of the whole less that without the part.
 
     python -m benchmarks.growth
     python -m benchmarks.growth --sizes 124M --dtypes int8 --repetitions 3
@@ -44,7 +44,7 @@ PROMPT = 32
 STEPS = 24
 
 Timed = Callable[[], float]
-"""Runs some steps and gives the seconds of one."""
+"""Runs some steps and returns the seconds of one."""
 
 
 def main() -> None:

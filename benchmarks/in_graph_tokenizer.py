@@ -1,7 +1,7 @@
-"""How long does the tokenizer in the graph take, beside ``Encoder`` with a cold and with a warm cache?
+"""Compares the time of the tokenizer in the graph with that of ``Encoder``, with a cold and with a warm cache.
 
-Prompts of 100 characters, one and many at a time, and one word of 20,000 letters; and back again. Results are compared
-first. The ways take turns in each repetition. Prints the best times, for what it needs at least is the question, and
+Encodes and decodes prompts of 100 characters, one and many at a time, and one word of 20,000 letters. Results are
+compared first. The ways take turns in each repetition. Prints the best times, because the least time is asked for, and
 stores them with the medians as JSON.
 
     python -m benchmarks.in_graph_tokenizer
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def cases() -> dict[str, list[str]]:
-    """Gives prompts of English, no two alike, and a word that takes the most merges."""
+    """Returns different English prompts, and a word that takes the most merges."""
     text = standard_library_english()
     prompts = [text[start : start + PROMPT_LENGTH] for start in range(0, PROMPT_LENGTH * max(BATCHES), PROMPT_LENGTH)]
     word = "".join(random.Random(0).choices(string.ascii_lowercase, k=20_000))
@@ -86,7 +86,7 @@ def cases() -> dict[str, list[str]]:
 def measure(
     encoder: Encoder, encode: Callable[..., Any], decode: Callable[..., Any], texts: list[str], repetitions: int
 ) -> dict[str, dict[str, float]]:
-    """Times the ways in turn; gives the best and the median of each in ms."""
+    """Times the ways in turn; returns the best and the median of each in ms."""
     batch, rows = tf.constant(texts), encoder.encode_batch(texts)
     ids = encode(batch)
     if ids.to_list() != rows or decode(ids).numpy().tolist() != [encoder.decode(row).encode("utf-8") for row in rows]:
@@ -105,7 +105,7 @@ def measure(
 
 
 def to_encoder(result: dict[str, Any]) -> dict[str, float]:
-    """Gives how many times as fast as ``Encoder`` without a cache the graph is, by case."""
+    """Returns the graph's speed as a multiple of that of ``Encoder`` without a cache, by case."""
     return {name: ways["encoder_cold"]["best_ms"] / ways["encode"]["best_ms"] for name, ways in result["cases"].items()}
 
 

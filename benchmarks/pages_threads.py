@@ -1,7 +1,7 @@
-"""What do huge pages and a second thread bring?
+"""Measures the gains of huge pages and of a second thread.
 
-124M shapes, random weights, 32 prompt tokens and 128 new ones, greedy. Each way is a process of its own that is idle
-while another runs; they take turns in rounds, ids are compared first, and ratios are taken within a round.
+The model has 124M's shapes and random weights, and greedily adds 128 tokens to 32. Each way is a process of its own
+that is idle while another runs; they take turns in rounds, ids are compared first, and ratios are taken within a round.
 
     python -m benchmarks.pages_threads
     python -m benchmarks.pages_threads --precisions float32 --repetitions 9
@@ -36,7 +36,7 @@ WAYS = {
     "small pages": {"pages": "default", "threads": available_cores()},
     "one thread": {"pages": "huge", "threads": 1},
 }
-"""The first is what the others are held against."""
+"""The ways to run; the others are compared with the first."""
 
 
 def main() -> None:

@@ -1,18 +1,18 @@
-"""How much faster is greedy or drawn text with prompt look-up, where it helps, and how much slower where it does not?
+"""Measures how much faster prompt look-up makes text where it helps, and how much slower where it does not.
 
-Ours only, float32, with random weights of a size's shapes or the embedded checkpoint. Ids are compared first. With and
-without take turns in each repetition, and the ratio is taken within one. The cases:
+Only ours runs, in float32, with random weights of a size's shapes or the embedded checkpoint. Ids are compared first.
+Runs with and without look-up take turns in each repetition, and the ratio is taken within one. The cases:
 
-- cycle: greedy text that goes round in a circle, as long texts of small models do;
+- cycle: greedy text that repeats a cycle, as long texts of small models do;
 - greedy: the embedded checkpoint's likeliest text;
-- drawn: at temperature 1, where hardly anything is said twice;
-- traps: four ids at random, so that there is always a draft, and mostly a wrong one.
+- drawn: text at temperature 1, which hardly repeats itself;
+- traps: four random ids, so that there is always a draft, and mostly a wrong one.
 
     python -m benchmarks.prompt_lookup
     python -m benchmarks.prompt_lookup --sizes tiny --repetitions 5
 
-A row of ``four rows`` says what a step for four texts costs in steps for one: about that a draft costs to check. With
-int8 weights it is too much, so that look-up is for float32 only.
+A row of ``four rows`` is the time of a step for four texts over that for one: checking a draft takes about as much.
+With int8 weights it is too much, so look-up is for float32 only.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def load(size: str, dtype: str) -> GPT2Model:
 
 
 def cases(size: str, model: GPT2Model) -> dict[str, tuple[list[int], dict[str, Any]]]:
-    """Gives each case's prompt and options."""
+    """Returns each case's prompt and options."""
     n_vocab, rng = model.config.n_vocab, np.random.default_rng(0)
     prompt, cycle = rng.integers(0, n_vocab, 16).tolist(), list(range(6)) * 5
     if size == "tiny":
@@ -140,7 +140,7 @@ def measure(
 
 
 def count_passes(model: GPT2Model, prompts: list[list[int]], asked: dict[str, Any]) -> int:
-    """Counts passes with look-up, the one that reads the prompt included; as if no model were too small."""
+    """Counts passes with look-up, prefill included, and without the check that the model is large enough."""
     rows = check_prompts(prompts, model.config)
     request = make_request(model, len(rows), **asked)
     sampling, limits = request.sampling_of(len(rows)), request.limits_of(rows, model.config)

@@ -1,4 +1,4 @@
-"""What all results have in common: the date, the machine, the settings, and how they are stored."""
+"""Adds the date, the machine and the settings to a result, stores it, and compares it with a stored one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.ceiling import describe_machine
 
 
 def start_report(benchmark: str, arguments: argparse.Namespace, *settings: str) -> dict[str, Any]:
-    """Begins a result: which benchmark, when, where, and with which of its arguments."""
+    """Starts a result with the benchmark's name, the date, the machine and the arguments."""
     return {
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -23,7 +23,7 @@ def start_report(benchmark: str, arguments: argparse.Namespace, *settings: str) 
 
 
 def fallen(before: Mapping[str, float], after: Mapping[str, float], margin: float) -> list[str]:
-    """Says which figures, of which larger ones are better, fell by more than ``margin``, or are missing."""
+    """Describes the figures that fell by more than ``margin``, or are missing; larger figures are better."""
     missing = [f"{name}: {before[name]:.2f} -> not measured" for name in before if name not in after]
     return missing + [
         f"{name}: {before[name]:.2f} -> {after[name]:.2f}"
@@ -33,13 +33,13 @@ def fallen(before: Mapping[str, float], after: Mapping[str, float], margin: floa
 
 
 def add_against(parser: argparse.ArgumentParser) -> None:
-    """Adds the two options for a comparison with a stored result; then the exit code is 1 if something fell."""
+    """Adds the two options for a comparison with a stored result, which makes the exit code 1 if a figure fell."""
     parser.add_argument("--against", type=Path, help="stored result to compare the ratios with")
     parser.add_argument("--margin", type=float, default=0.07, help="how much worse than stored is worse")
 
 
 def read_stored(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Reads what to compare with, if anything: before the run, which would be in vain where that cannot be."""
+    """Reads the stored result to compare with, if one is named; before the run, so that a bad name fails early."""
     if not arguments.against:
         return None
     try:
@@ -49,7 +49,7 @@ def read_stored(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def print_fallen(lines: Sequence[str], arguments: argparse.Namespace) -> int:
-    """Prints what ``fallen`` gives, and gives the exit code."""
+    """Prints the lines of ``fallen``, and returns the exit code."""
     print(f"worse than in {arguments.against} by more than {arguments.margin:.0%}: {len(lines) or 'nothing'}")
     for line in lines:
         print(f"  {line}")

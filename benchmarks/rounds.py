@@ -1,7 +1,7 @@
-"""Rounds: each engine does the same job once, one after the other, while the others are idle.
+"""Runs rounds: the engines do the same job one after the other, each once, while the others are idle.
 
-Machines drift, so ratios are taken within a round. A round in which other programs took more than a twentieth of the
-processor's time is repeated.
+A machine's speed drifts, so ratios are taken within a round. A round in which other programs took more than a twentieth
+of the processor's time is repeated.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from benchmarks.ceiling import Reader
 from benchmarks.peers.protocol import Worker
 
 QUIET = 0.05
-"""The share of the processor's time that others may take."""
+"""The largest share of the processor's time that other programs may take."""
 MOST_TRIES = 2
 
 Round = dict[str, Any]
-"""``replies``: per engine ``[prefill_s, decode_s]``; ``others_share``: per engine what others took meanwhile;
+"""``replies``: per engine ``[prefill_s, decode_s]``; ``others_share``: per engine the share of others meanwhile;
 ``ceilings``: before, between and after the engines, the read bandwidth in bytes per second by size of pages."""
 
 
@@ -34,14 +34,14 @@ def measure(
     n_rounds: int,
     patience_s: float,
 ) -> dict[str, list[Round]]:
-    """Runs rounds until enough were quiet, at most twice as many; gives the quietest, in order, of each job.
+    """Runs rounds until enough were quiet, at most twice as many; returns the quietest, in order, of each job.
 
     Args:
         workers: by engine, loaded and warm.
-        tasks: by job, for each of them; those that are held against each other are asked in one round.
-        readers: measure the ceiling around each engine, if there are any, by size of pages.
-        n_rounds: how many to give.
-        patience_s: how long to wait, before each round, for others to be quiet; with 0, no round is repeated.
+        tasks: by job, for each worker; jobs that are compared with each other are done in one round.
+        readers: by size of pages, measure the ceiling around each engine; may be empty.
+        n_rounds: how many rounds to return.
+        patience_s: how long to wait, before each round, for other programs to be quiet; with 0, no round is repeated.
     """
     rounds: list[dict[str, Round]] = []
     most = n_rounds * (MOST_TRIES if patience_s else 1)
@@ -76,7 +76,7 @@ def read(readers: dict[str, Reader]) -> Iterator[dict[str, float]]:
 
 
 def most_of_others(*rounds: Round) -> float:
-    """Gives the largest share of the processor's time that others took while an engine did a job."""
+    """Returns the largest share of the processor's time that others took while an engine did a job."""
     return max(share for one_round in rounds for share in one_round["others_share"].values())
 
 
@@ -85,13 +85,13 @@ def is_quiet(one_round: Round) -> bool:
 
 
 def count_disturbed(groups: list[dict[str, Any]]) -> dict[str, int]:
-    """Gives ``n_rounds`` of all jobs in all groups, and ``n_disturbed``: how many of them were not quiet."""
+    """Returns ``n_rounds`` of all jobs in all groups, and ``n_disturbed``: how many of them were not quiet."""
     found = [one for group in groups for job in group["jobs"].values() for one in job["rounds"]]
     return {"n_rounds": len(found), "n_disturbed": len(found) - sum(map(is_quiet, found))}
 
 
 def wait_until_quiet(patience_s: float, window_s: float = 0.5) -> None:
-    """Waits until nobody uses the processor, at most ``patience_s``."""
+    """Waits until no other program uses the processor, at most ``patience_s``."""
     end_s = time.perf_counter() + patience_s
     while time.perf_counter() < end_s:
         busy = busy_s()
@@ -101,7 +101,7 @@ def wait_until_quiet(patience_s: float, window_s: float = 0.5) -> None:
 
 
 def busy_s() -> float:
-    """Gives the processor time that all programs, and other tenants of the machine, have taken; 0 if not known."""
+    """Returns the processor time of all programs and of other tenants of the machine; 0 if unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -112,16 +112,16 @@ def busy_s() -> float:
 def find_parting(
     worker: Worker, prompts: list[list[int]], ours: list[list[int]], theirs: list[list[int]]
 ) -> dict[str, Any] | None:
-    """Says where greedy ids first part, and how far apart our logits of the two are; ``None`` if they agree.
+    """Finds where greedy ids first differ, and the distance of our logits of the two; ``None`` if all are equal.
 
     Args:
-        worker: ours, asked for logits.
+        worker: ours, which computes the logits.
         prompts: B lists of ids.
-        ours: B lists of new ids.
-        theirs: as many, as long.
+        ours: B lists of our new ids.
+        theirs: B lists of their new ids, as long as ours.
 
     Raises:
-        ValueError: when they are not as many or not as long: an engine has stopped early or added a token.
+        ValueError: when the lists differ in number or length: an engine has stopped early or added a token.
     """
     if [len(row) for row in theirs] != [len(row) for row in ours]:
         raise ValueError(f"rows must have {len(ours[0])} new ids each, got {[len(row) for row in theirs]}")

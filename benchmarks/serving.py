@@ -1,6 +1,6 @@
-"""How fast is a served model: the SavedModel in the C++ loader that TensorFlow Serving uses, beside ``TextGenerator``?
+"""Compares the speed of a SavedModel in TensorFlow Serving's C++ loader with that of ``TextGenerator``.
 
-Prompts of one length, batches of several sizes, the likeliest tokens and drawn ones. Ids are compared first. The three
+Continues prompts of one length in batches of several sizes, greedily and by drawing. Ids are compared first. The three
 ways, plain signatures, signatures that XLA compiles and ``TextGenerator``, take turns in each repetition; ratios are
 taken within it.
 
@@ -35,12 +35,12 @@ RESULTS = Path(__file__).parent / "results" / "serving.json"
 BATCHES = (1, 8, 32)
 PROMPT = 16
 CHOICES: dict[str, dict[str, float]] = {"likeliest": {}, "drawn": {"temperature": 0.8, "top_p": 0.9}}
-"""How the next token is chosen: options of each row."""
+"""The options of each row, which decide how the next token is chosen."""
 GOALS = {"plain of xla": 0.6, "xla of generator": 0.9}
-"""What a rate should be at least, as a share of another."""
+"""The least rate of a way, as a share of another's."""
 
 Timed = Callable[[], tuple[list[list[int]], float]]
-"""Makes one request; gives the new ids, and the seconds."""
+"""Makes one request; returns the new ids, and the seconds."""
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def measure_model(
 def measure_batch(
     generator: TextGenerator, server: Loader, batch: int, options: dict[str, float], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Compares the ways' ids, then times them in turn; gives seconds by way."""
+    """Compares the ways' ids, then times them in turn; returns seconds by way."""
     ids = np.random.default_rng(batch).integers(generator.model.config.n_vocab, size=(batch, PROMPT))
     ways = make_ways(generator, server, ids, arguments.n_tokens, options)
     first = {name: request() for name, request in ways.items()}
@@ -131,7 +131,7 @@ def measure_batch(
 def make_ways(
     generator: TextGenerator, server: Loader, ids: np.ndarray, n_tokens: int, options: dict[str, float]
 ) -> dict[str, Timed]:
-    """Gives the ways to continue the same ids; a server's time is that of the signature, without the exchange."""
+    """Returns the ways to continue the same ids; a server's time is that of the signature, without the exchange."""
     seeds = list(range(len(ids)))
     of_rows = {name: [value] * len(ids) for name, value in options.items()}
     inputs = {"ids": ids, "lengths": [PROMPT] * len(ids), "max_new_tokens": [n_tokens], "seed": seeds, **of_rows}
@@ -159,7 +159,7 @@ def make_ways(
 
 
 def ratios(steady_s: dict[str, list[float]]) -> dict[str, float]:
-    """Gives each goal's ratio of rates: the median over repetitions."""
+    """Returns each goal's ratio of rates: the median over repetitions."""
     pairs = {goal: goal.split(" of ") for goal in GOALS}
     return {
         goal: statistics.median(b / a for a, b in zip(steady_s[one], steady_s[other], strict=True))

@@ -1,8 +1,8 @@
-"""What does it cost to get a text piece by piece, and how soon does the first piece come?
+"""Measures the cost of getting a text piece by piece, and the time to the first piece.
 
-``stream`` beside ``generate``, greedy, float32, one text: as ids, with random weights of a size's shapes or with those
-of the embedded checkpoint, and with the latter as text too. What they give is compared first. Both take turns in each
-repetition, and the ratio of their rates is taken within one; it should be at least 0.9.
+``stream`` and ``generate`` continue one text greedily in float32: as ids, with random weights of a size's shapes or
+with those of the embedded checkpoint, and with the latter also as text. Their results are compared first. Both take
+turns in each repetition, and the ratio of their rates is taken within one; it should be at least 0.9.
 
     python -m benchmarks.streaming
     python -m benchmarks.streaming --sizes tiny --repetitions 9
@@ -34,7 +34,7 @@ GOAL = 0.9
 """Least rate of ``stream``, as a share of that of ``generate``."""
 
 Pieces = Callable[[], Iterable[Any]]
-"""Gives the ids or the text of one call, in one piece or in several."""
+"""Yields the ids or the text of one call, in one piece or in several."""
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def cases(size: str, n_tokens: int) -> dict[str, tuple[Pieces, Pieces]]:
-    """Gives both ways of each kind: the ids, and the text where there is a vocabulary."""
+    """Returns both ways of each kind: the ids, and the text where there is a vocabulary."""
     model = load(size, "float32")
     ids = np.random.default_rng(0).integers(model.config.n_vocab, size=PROMPT).tolist()
     found: dict[str, tuple[Pieces, Pieces]] = {
@@ -86,7 +86,7 @@ def cases(size: str, n_tokens: int) -> dict[str, tuple[Pieces, Pieces]]:
 
 
 def measure(whole: Pieces, pieces: Pieces, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compares what both ways give, then times them in turn: seconds of all, and until the first piece."""
+    """Compares the results of both ways, then times them in turn: seconds of all, and until the first piece."""
     if join(whole()) != join(pieces()):
         raise SystemExit("stream gives something else than generate: there is nothing to time")
     times: dict[str, list[float]] = {"generate_s": [], "stream_s": [], "first_piece_s": []}
@@ -101,13 +101,13 @@ def measure(whole: Pieces, pieces: Pieces, arguments: argparse.Namespace) -> dic
 
 
 def join(pieces: Iterable[Any]) -> Any:
-    """Puts texts, or lists of ids, together."""
+    """Joins texts, or lists of ids."""
     first, *others = pieces
     return sum(others, first) if isinstance(first, list) else "".join((first, *others))
 
 
 def consume(pieces: Pieces) -> tuple[float, float]:
-    """Gives the seconds until the first piece, and until the last."""
+    """Returns the seconds until the first piece, and until the last."""
     start = time.perf_counter()
     moments = [time.perf_counter() - start for _ in pieces()]
     return moments[0], moments[-1]

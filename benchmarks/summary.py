@@ -1,4 +1,4 @@
-"""From raw rounds to figures: rates, ratios within rounds, shares of the ceiling, and what got slower since.
+"""Computes figures from raw rounds: rates, ratios within rounds, shares of the ceiling, and losses of speed.
 
 Works on the stored JSON alone.
 """
@@ -15,17 +15,17 @@ from benchmarks.engines import IN_ONE_ROUND, JOBS, REFERENCE, is_ours
 from benchmarks.report import fallen
 
 Result = dict[str, Any]
-"""What ``compare`` stores: ``groups``, each with ``jobs``, each with ``rounds``; ``bytes_per_token``."""
+"""The JSON that ``compare`` stores: ``groups``, each with ``jobs``, each with ``rounds``; ``bytes_per_token``."""
 FIRST_CALL_MARGIN = 0.3
 
 
 def summarize(result: Result) -> dict[str, Any]:
-    """Gives the medians.
+    """Computes the medians.
 
     Returns:
-        ``tokens_per_s`` and ``seconds``, by job and engine; ``ratios``, by job, engine of ours and peer: how many
-        times as fast ours is; ``ceilings_tokens_per_s`` by size of pages; ``share_of_ceiling`` by engine: decoding,
-        against reading the float32 weights.
+        ``tokens_per_s`` and ``seconds``, by job and engine; ``ratios``, by job, engine of ours and peer: our speed as a
+        multiple of the peer's; ``ceilings_tokens_per_s`` by size of pages; ``share_of_ceiling`` by engine: the speed of
+        decoding over that of reading the float32 weights.
     """
     found = [job for job in JOBS if any(job in group["jobs"] for group in result["groups"])]
     engines = {job: sorted({engine for one in rounds_of(result, job) for engine in one["replies"]}) for job in found}
@@ -62,31 +62,31 @@ def rounds_of(result: Result, job: str) -> Iterator[dict[str, Any]]:
 
 
 def seconds(result: Result, job: str, engine: str) -> list[float]:
-    """Gives, per round, the time that counts: to the first token, or of all the others."""
+    """Returns, per round, the time that counts: to the first token, or of all the others."""
     part = 0 if JOBS[job].is_prefill else 1
     return [one["replies"][engine][part] for one in rounds_of(result, job) if engine in one["replies"]]
 
 
 def rates(result: Result, job: str, engine: str) -> list[float]:
-    """Gives the tokens per second, all rows together, per round."""
+    """Returns the tokens per second, all rows together, per round."""
     return [n_tokens(job) / s for s in seconds(result, job, engine)]
 
 
 def n_tokens(job: str) -> int:
-    """Counts the tokens that ``seconds`` are for."""
+    """Counts the tokens that are generated in ``seconds``."""
     asked = JOBS[job]
     return asked.batch * (asked.prompt if asked.is_prefill else asked.new - 1)
 
 
 def ratio(result: Result, job: str, fast: str, slow: str) -> float:
-    """Gives how many times as fast one engine is as another: the median over the rounds that both ran in."""
+    """Returns one engine's speed as a multiple of another's: the median over the rounds that both ran in."""
     part = 0 if JOBS[job].is_prefill else 1
     both = [one["replies"] for one in rounds_of(result, job) if {fast, slow} <= one["replies"].keys()]
     return median([replies[slow][part] / replies[fast][part] for replies in both])
 
 
 def share_of_ceiling(result: Result, engine: str) -> float:
-    """Gives the decoding rate over the mean of the ceilings before and after: the median over rounds."""
+    """Returns the decoding rate over the mean of the ceilings before and after: the median over rounds."""
     shares = []
     for one in rounds_of(result, "decode"):
         if engine in one["replies"]:
@@ -98,13 +98,13 @@ def share_of_ceiling(result: Result, engine: str) -> float:
 
 
 def speed_far(result: Result, engine: str) -> float | None:
-    """Gives the speed at position 1000 over that at 50: the median over the rounds that both were in."""
+    """Returns the speed at position 1000 over that at 50: the median over the rounds with both."""
     near, far = (rates(result, job, engine) for job in IN_ONE_ROUND)
     return median([b / a for a, b in zip(near, far, strict=True)]) if near and far else None
 
 
 def pages_of(result: Result) -> str:
-    """Gives the size of pages that the engines ran with."""
+    """Returns the size of pages that the engines ran with."""
     return "huge" if result["settings"]["pages"] == "huge" else "small"
 
 
@@ -113,20 +113,20 @@ def median(values: list[float]) -> float:
 
 
 def find_slower(stored: Result, found: Result, margin: float) -> list[str]:
-    """Says what of ours got worse by more than ``margin``, or is missing.
+    """Describes our figures that got worse by more than ``margin``, or are missing.
 
-    Speeds are held against each peer's and the ceiling, int8 against float32, far positions against near ones, memory
-    against the weights. First calls, of which there is one per run, may be ``FIRST_CALL_MARGIN`` slower.
+    Speeds are relative to each peer's and to the ceiling, int8 to float32, far positions to near ones, memory to the
+    weights. The first call, of which a run has only one, may get ``FIRST_CALL_MARGIN`` slower.
     """
     worse = fallen(comparable(stored), comparable(found), margin)
     return worse + fallen(first_calls(stored), first_calls(found), max(margin, FIRST_CALL_MARGIN))
 
 
 def check_alike(stored: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuses to compare runs that are not measured alike.
+    """Raises when two runs were measured with different settings.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: when a setting differs; names it.
     """
     for name in ("size", "pages", "threads"):
         if stored[name] != settings[name]:
@@ -134,7 +134,7 @@ def check_alike(stored: dict[str, Any], settings: dict[str, Any]) -> None:
 
 
 def comparable(result: Result) -> dict[str, float]:
-    """Gives all figures that do not depend on the machine's speed, larger ones better, by name."""
+    """Returns all figures that do not depend on the machine's speed, by name; larger ones are better."""
     summary = result["summary"]
     by_job = summary["tokens_per_s"]
     ratios = {
@@ -168,7 +168,7 @@ def comparable(result: Result) -> dict[str, float]:
 
 
 def first_calls(result: Result) -> dict[str, float]:
-    """Gives how much sooner the first text of ours comes than KerasHub's, which TensorFlow compiles as well."""
+    """Returns KerasHub's time to its first text over ours; TensorFlow compiles both."""
     peer = result["engines"].get("keras_hub:float32")
     if peer is None:
         return {}
@@ -179,5 +179,5 @@ def first_calls(result: Result) -> dict[str, float]:
 
 
 def seconds_to_first(facts: dict[str, Any]) -> float:
-    """Adds up the start and the first call."""
+    """Adds the times of the start and the first call."""
     return facts["ready_s"] + facts["first_call_s"]

@@ -1,4 +1,4 @@
-"""A comparison as text."""
+"""Prints a comparison of engines as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PREFILLS = ("prefill_512", "prefill_1000")
 
 
 def print_result(result: Result) -> None:
-    """Prints the table, where ids part, ours at two positions, and the goals."""
+    """Prints the table of engines, the first differing ids, our times at two positions, and the goals."""
     settings, summary = result["settings"], result["summary"]
     print(f"\n{settings['size']} shapes, {settings['threads']} threads, {settings['pages']} pages, medians")
     print("                      tokens/s     × our      of  batch 8   seconds to the first token    start +  peak")
@@ -36,7 +36,7 @@ def print_result(result: Result) -> None:
 
 
 def table_row(result: Result, engine: str) -> list[str]:
-    """Gives an engine's cells."""
+    """Returns the cells of an engine's row."""
     summary, facts = result["summary"], result["engines"][engine]
     rates = {job: rates.get(engine) for job, rates in summary["tokens_per_s"].items()}
     ratio = relative_to_reference(summary, engine)
@@ -52,7 +52,7 @@ def table_row(result: Result, engine: str) -> list[str]:
 
 
 def relative_to_reference(summary: dict[str, Any], engine: str) -> float | None:
-    """Gives an engine's decoding speed over that of ours in float32."""
+    """Returns an engine's decoding speed over that of ours in float32."""
     if is_ours(engine):
         rates = summary["tokens_per_s"].get("decode", {})
         return rates[engine] / rates[REFERENCE] if engine in rates else None
@@ -65,7 +65,7 @@ def cell(value: float | None, form: str) -> str:
 
 
 def print_partings(result: Result) -> None:
-    """Says where an engine's greedy ids are not ours in float32."""
+    """Describes where an engine's greedy ids differ from ours in float32."""
     print(
         "\ngreedy ids beside our float32's: row and new token where they first part, and how far apart our logits are"
     )
@@ -80,7 +80,7 @@ def print_partings(result: Result) -> None:
 
 
 def print_ours(result: Result) -> None:
-    """Says what is measured of ours alone: a second process, and the time per token at two positions."""
+    """Describes the figures that only ours has: a second process, and the time per token at two positions."""
     for engine, facts in result["engines"].items():
         if "warm" in facts:
             warm = facts["warm"]

@@ -1,6 +1,6 @@
-"""How fast is ``Encoder``, with a warm and with a cold cache, beside tiktoken on one thread?
+"""Compares the speed of ``Encoder``, with a warm and with a cold cache, with that of tiktoken on one thread.
 
-Each repetition encodes the same text three times, one way after the other, so that what else the machine does hits all
+Each repetition encodes the same text three times, one way after the other, so that other work of the machine slows all
 of them alike. The ids are compared first. Prints medians, and stores them with every single time as JSON.
 
     python -m benchmarks.tokenizer
@@ -85,7 +85,7 @@ def packaged_vocabulary() -> Path:
 
 
 def make_tiktoken(encoder: Encoder) -> tiktoken.Encoding:
-    """Makes tiktoken's encoder from ours; right where ids are in the order of merges, as in OpenAI's vocabulary."""
+    """Makes tiktoken's encoder from ours; right only if ids are in the order of merges, as in OpenAI's vocabulary."""
     ranks = {
         encoder.decode_bytes([token_id]): token_id for token_id in encoder.decoder if token_id != encoder.end_of_text
     }
@@ -107,7 +107,7 @@ def passages_of(source: str) -> Iterator[str]:
     """Yields the docstrings of a module, then its comment lines as one passage."""
     try:
         tree = ast.parse(source)
-    except SyntaxError:  # The standard library has templates and broken examples.
+    except SyntaxError:  # The standard library contains templates and broken examples.
         return
     for node in ast.walk(tree):
         if isinstance(node, WITH_DOCSTRING) and (docstring := ast.get_docstring(node)):
@@ -118,7 +118,7 @@ def passages_of(source: str) -> Iterator[str]:
 
 
 def measure(encoder: Encoder, peer: tiktoken.Encoding, text: str, repetitions: int) -> dict[str, list[float]]:
-    """Times the three ways in turn; gives the seconds of each repetition."""
+    """Times the three ways in turn; returns the seconds of each repetition."""
     times_s: dict[str, list[float]] = {"encoder_cold": [], "encoder_warm": [], "tiktoken": []}
     for _ in range(repetitions):
         encoder.cache.clear()

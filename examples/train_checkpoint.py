@@ -2,7 +2,7 @@
 
     python examples/train_checkpoint.py --text shakespeare.txt --out checkpoints/tiny
 
-The last part of the text is held out; the weights kept are those that predict it best. Needs the extra ``train``.
+The last part of the text is held out; the program keeps the weights that predict it best. Needs the extra ``train``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to learn")
     parser.add_argument("--out", type=Path, required=True, help="folder for the seven files")
-    parser.add_argument("--held_out", type=float, default=0.1, help="part of the text, at its end, not trained on")
+    parser.add_argument(
+        "--held_out", type=float, default=0.1, help="share of the text, at its end, left out of training"
+    )
     parser.add_argument("--n_vocab", type=int, default=1024, help="tokens, end of text included")
     parser.add_argument("--n_ctx", type=int, default=256)
     parser.add_argument("--n_embd", type=int, default=160)
@@ -76,7 +78,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.15)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--steps_per_epoch", type=int, default=100, help="steps between looks at the held-out loss")
+    parser.add_argument("--steps_per_epoch", type=int, default=100, help="steps between two tests of the held-out loss")
     parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="its peak, after 5 %% of the steps")
     parser.add_argument("--weight_decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
@@ -84,7 +86,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def train_vocabulary(text: str, n_vocab: int, out: Path) -> None:
-    """Learns byte-level merges from ``text`` and writes ``encoder.json`` and ``vocab.bpe`` as OpenAI's are laid out."""
+    """Learns byte-level merges from ``text`` and writes ``encoder.json`` and ``vocab.bpe`` in OpenAI's form."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([text], vocab_size=n_vocab - 1, min_frequency=2, show_progress=False)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
@@ -120,7 +122,7 @@ def train_model(config: tf_gpt2.GPT2Config, texts: Texts, options: argparse.Name
 
 
 def random_windows(ids: np.ndarray, n_ctx: int, batch_size: int, seed: int) -> tf.data.Dataset:
-    """Yields batches of windows from random places, and the same windows one token on."""
+    """Returns endless batches of windows at random places, each with the same window one token later as its targets."""
     rng = np.random.default_rng(seed)
 
     def draw() -> tuple[np.ndarray, np.ndarray]:
@@ -133,13 +135,13 @@ def random_windows(ids: np.ndarray, n_ctx: int, batch_size: int, seed: int) -> t
 
 
 def even_windows(ids: np.ndarray, n_ctx: int, batch_size: int) -> tf.data.Dataset:
-    """Yields windows one after the other; the last part that does not fill a batch is left out."""
+    """Returns batches of consecutive windows and their targets; a last part that does not fill a batch is dropped."""
     windows = tf.data.Dataset.from_tensor_slices(ids).batch(n_ctx + 1, drop_remainder=True)
     return windows.map(lambda window: (window[:-1], window[1:])).batch(batch_size, drop_remainder=True)
 
 
 def held_out_bits_per_byte(model: tf_gpt2.GPT2Model, texts: Texts) -> float:
-    """Scores every held-out token but the first, each with at least half a window of context where there is so much."""
+    """Scores every held-out token but the first, each with half a window of context or more where the text has it."""
     ids, n_ctx = texts.held_out, model.config.n_ctx
     nats, scored = 0.0, 1
     while scored < len(ids):

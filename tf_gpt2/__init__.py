@@ -1,7 +1,7 @@
 """GPT-2 in TensorFlow and Keras, from OpenAI's own files to generated text.
 
-Names are loaded when first used, so that ``import tf_gpt2`` and the tokenizer do not wait for TensorFlow. The
-import does nothing else.
+The public names are loaded when first used, so that ``import tf_gpt2`` and the tokenizer do not wait for TensorFlow.
+The import does nothing else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what ``__getattr__`` loads, for editors and type checkers
+if TYPE_CHECKING:  # the names that ``__getattr__`` loads, for editors and type checkers
     from tf_gpt2.checkpoint.download import download_gpt2_files as download_gpt2_files
     from tf_gpt2.checkpoint.load import (
         get_encoder as get_encoder,

@@ -1,4 +1,4 @@
-"""What version this is. Imports nothing of the package."""
+"""Looks up the version of the installed package. Imports no other module of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def package_version() -> str:
-    """Gives the installed version."""
+    """Returns the installed version, such as "0.1.0"; "(not installed)" in a checkout that pip does not know."""
     try:
         return version("tf_gpt2")
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """The hyperparameters of a GPT-2: frozen, validated, read from OpenAI's ``hparams.json``.
 
-Knows nothing of TensorFlow, of weights or of files other than that one.
+Knows nothing of TensorFlow, of weights or of any other file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ LAYER_NORM_EPS = 1e-5
 
 
 MOST: Mapping[str, int] = MappingProxyType({"n_vocab": 1 << 24, "n_ctx": 1 << 24, "n_embd": 1 << 20, "n_layer": 1000})
-"""Upper bounds, far above any GPT-2: a file with a billion layers is damaged, and nobody waits for such a model."""
+"""Upper bounds, far above any GPT-2: a file with a billion layers is damaged, and building the model would not end."""
 
 MOST_PARAMS = 1 << 40
+"""Upper bound of a model's parameters: 4 TiB of float32."""
 
 MOST_HPARAMS_BYTES = 1 << 20
+"""Upper bound of the file's length; OpenAI's has about 90 bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class GPT2Config:
 
     Raises:
         TypeError: when a value is not an integer.
-        ValueError: when a value is below 1 or beyond any GPT-2, or ``n_head`` does not divide ``n_embd``.
+        ValueError: when a value is below 1 or above ``MOST``, or ``n_head`` does not divide ``n_embd``.
 
     Example:
         >>> GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12).n_params
@@ -78,7 +80,7 @@ class GPT2Config:
         """Makes a config from the dict in ``hparams.json``; keys that GPT-2 does not know are ignored.
 
         Raises:
-            TypeError: when it is not a dict, or a hyperparameter not an integer.
+            TypeError: when ``hparams`` is not a dict, or a hyperparameter is not an integer.
             ValueError: when a hyperparameter is missing or out of range.
         """
         if not isinstance(hparams, Mapping):
@@ -101,7 +103,7 @@ class GPT2Config:
         return cls.from_hparams(read_hparams(path))
 
     def to_hparams(self) -> dict[str, int]:
-        """Gives back the plain dict, in OpenAI's order of keys."""
+        """Returns the hyperparameters as a plain dict, in OpenAI's order of keys."""
         return dataclasses.asdict(self)
 
     @property
@@ -117,7 +119,7 @@ class GPT2Config:
 
 
 def shown(value: int) -> str:
-    """Returns an integer as messages show it: Python writes none of more than 4,300 digits."""
+    """Returns an integer as messages show it: Python refuses to write one of more than 4,300 digits."""
     return str(value) if abs(value) < 10**20 else f"an integer of {value.bit_length()} bits"
 
 
@@ -139,11 +141,15 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """Reads a regular file of UTF-8 that is not longer than any of its kind; each line ends with a line feed.
+    """Reads a regular file of UTF-8 text, with a line feed at the end of each line.
+
+    Args:
+        path: the file.
+        most_bytes: the length of the longest file to accept.
 
     Raises:
-        OSError: when it cannot be read, or is a pipe or a device.
-        ValueError: when it is longer, or not UTF-8.
+        OSError: when the file cannot be read, or is a pipe or a device.
+        ValueError: when the file is longer, or not UTF-8.
     """
     if path.exists() and not path.is_file():
         raise OSError("it is not a file")

@@ -1,7 +1,7 @@
-"""The exceptions a user may catch.
+"""The exceptions that a user may catch.
 
-Every message names the argument, the value received and what to do next. This module knows nothing of what raises
-them.
+Every message names the argument, the value received and the next step. This module knows nothing of the code that
+raises them.
 """
 
 
@@ -10,7 +10,7 @@ class GPT2Error(Exception):
 
 
 class DownloadError(GPT2Error):
-    """A file could not be fetched, or what arrived is not the file."""
+    """A file could not be fetched, or the server sent something else."""
 
 
 class CheckpointError(GPT2Error):
@@ -18,7 +18,7 @@ class CheckpointError(GPT2Error):
 
 
 class ParamsError(GPT2Error, ValueError):
-    """A parameter tree has a missing, extra or misshapen leaf, or numbers that give no logits."""
+    """A parameter tree has a missing, extra or misshapen leaf, or NaN or infinity in one."""
 
 
 class ContextLengthError(GPT2Error, ValueError):

@@ -1,7 +1,7 @@
 """GPT-2 in sixty lines of NumPy: token ids -> logits. Read this first.
 
-One row of ids at a time, the whole attention matrix, no cache, float64, nothing of the rest of the package: what all
-faster code is tested against. ``params`` is the parameter tree under OpenAI's names, as
+It takes one row of ids at a time, computes the whole attention matrix in float64, keeps no cache, and imports nothing
+of the package. All faster code is tested against it. ``params`` is the parameter tree under OpenAI's names, as
 ``tf_gpt2.load_gpt2_params_from_tf_ckpt`` returns it. Axis letters: T positions, C width, D head width, V vocabulary.
 
 Sources: Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (attention), Ba et al. 2016 (layer norm), Hendrycks and Gimpel
@@ -25,13 +25,13 @@ def logits(ids: Sequence[int], params: Mapping[str, Any], n_head: int) -> np.nda
 
 
 def block(x: np.ndarray, w: Mapping[str, Any], n_head: int) -> np.ndarray:
-    """Adds to each position what attention and the MLP make of it: (T, C) -> (T, C)."""
+    """Adds attention's and the MLP's output to each position: (T, C) -> (T, C)."""
     x = x + attention(layer_norm(x, w["ln_1"]), w["attn"], n_head)
     return x + mlp(layer_norm(x, w["ln_2"]), w["mlp"])
 
 
 def attention(x: np.ndarray, w: Mapping[str, Any], n_head: int) -> np.ndarray:
-    """Lets each position gather from itself and those before it: (T, C) -> (T, C)."""
+    """Mixes into each position the values of itself and of earlier positions: (T, C) -> (T, C)."""
     n_positions, width = x.shape
     is_later = np.triu(np.ones((n_positions, n_positions), bool), k=1)  # the causal mask: query row, key column
     queries, keys, values = np.split(linear(x, w["c_attn"]), 3, axis=1)  # each (T, C)

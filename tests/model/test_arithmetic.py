@@ -144,8 +144,8 @@ def test_attention_is_a_softmax_over_what_the_mask_shows(n_queries, ops):
 def test_heads_are_transposed(is_known, shape, ops):
     x = numbers(*shape)
     signature = None if is_known else [tf.TensorSpec((None, None, None, shape[-1]))]
-    swap = tf.function(ops.swap_middle, input_signature=signature, jit_compile=ops.JIT_COMPILE)
-    np.testing.assert_array_equal(swap(x), np.swapaxes(x, 1, 2))
+    transpose = tf.function(ops.transpose_heads, input_signature=signature, jit_compile=ops.JIT_COMPILE)
+    np.testing.assert_array_equal(transpose(x), np.swapaxes(x, 1, 2))
 
 
 @pytest.mark.parametrize("ops", ALL.values(), ids=ALL)

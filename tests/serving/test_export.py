@@ -118,7 +118,7 @@ def test_8_bit_weights_stay_8_bit(quantized, exported, generator):
 
 def test_a_version_is_not_replaced_unasked(exported, generator):
     before = read_manifest(exported)
-    with pytest.raises(FileExistsError, match=r"version 1 is there already: .*overwrite"):
+    with pytest.raises(FileExistsError, match=r"version 1 exists already: .*overwrite"):
         export_saved_model(generator, exported.parent)
     assert read_manifest(exported) == before
 
@@ -151,7 +151,7 @@ def test_a_new_version_takes_the_old_ones_place_whole(tmp_path):
 
 def test_a_version_that_was_made_meanwhile_is_not_replaced_unasked(tmp_path):
     target = tmp_path / "2"
-    message = "version 2 is there already"
+    message = "version 2 exists already"
     with pytest.raises(FileExistsError, match=message), export.new_folder(target, overwrite=False) as made:
         (made / "new").write_text("new")
         target.mkdir()
@@ -328,5 +328,5 @@ def test_the_command_says_what_it_made(tmp_path, capfd, monkeypatch):
         "writing requests that warm a server up",
     ]
     assert main(["export", str(folder), "--model_size", "tiny", "--version", "4"]) == 1
-    assert "version 4 is there already" in capfd.readouterr().err
+    assert "version 4 exists already" in capfd.readouterr().err
     assert read_manifest(folder / "4")["dtype"] == "int8"

@@ -1,1 +1,1 @@
-"""Files on disk <-> the parameter tree. Only this package knows the names in the files."""
+"""Converts between files on disk and the parameter tree. Only this package knows the names in the files."""

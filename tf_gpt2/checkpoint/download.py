@@ -1,7 +1,7 @@
-"""The seven files of a checkpoint: found on disk, or fetched, checked, and never half there.
+"""Finds OpenAI's seven files of a checkpoint on disk, or fetches and checks them.
 
-A file has its final name only once it is whole. Until then it is ``<file>.part``, which a later call resumes. Knows
-nothing of what the weights mean, nor of TensorFlow.
+A file gets its final name only once it is whole. Until then it is ``<file>.part``, which a later call resumes. Knows
+nothing of the meaning of weights, nor of TensorFlow.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.errors import CheckpointError, DownloadError
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-"""What comes before ``/{size}/{file}``; the environment variable ``TF_GPT2_BASE_URL`` replaces it (mirrors)."""
+"""The address before ``/{size}/{file}``; the environment variable ``TF_GPT2_BASE_URL`` replaces it (for mirrors)."""
 
 PAPER_NAMES: Mapping[str, str] = {"117M": "124M", "345M": "355M"}
-"""Radford et al. 2019 miscounted the parameters; the files have the right names."""
+"""The paper's name of a size -> the files': Radford et al. 2019 miscounted the parameters."""
 
 READ_FIRST = (CHECKPOINT, HPARAMS, *VOCABULARY_FILES)
-"""What a folder of any model has; ``checkpoint`` names the rest."""
+"""The files that a folder of any model has; ``checkpoint`` names the others."""
 
 CHOICES = f'model_size is {", ".join(SIZES)}, "tiny" (embedded), or the name of a complete folder in models_dir'
 
 
 def embedded_dir() -> Path:
-    """Gives the folder of the embedded checkpoint "tiny": in the package (a wheel), or beside it (a checkout)."""
+    """Returns the folder of the embedded checkpoint "tiny": in the package (a wheel), or beside it (a checkout)."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "checkpoints" / "tiny"
     return inside if inside.is_dir() else package.parent / "checkpoints" / "tiny"
 
 
 def resolve_checkpoint(model_size: str, models_dir: str | Path, *, needed: Sequence[str] = FILES) -> Path:
-    """Gives the folder of a checkpoint, downloading it if need be.
+    """Returns the folder of a checkpoint, and downloads the checkpoint if need be.
 
-    A folder ``{models_dir}/{model_size}`` with a vocabulary, hyperparameters and weights that can be read is taken as
-    it is, whatever its name: a fine-tuned model needs no network and need not have OpenAI's hashes. In the folder of a
-    size, what cannot be the file that its name says is fetched anew.
+    A folder ``{models_dir}/{model_size}`` with a readable vocabulary, hyperparameters and weights is used as it is,
+    whatever its name: a fine-tuned model needs no network and need not have OpenAI's hashes. In the folder of one of
+    OpenAI's sizes, a file that cannot be OpenAI's is fetched anew.
 
     Args:
         model_size: "124M", "355M", "774M", "1558M", "tiny" (embedded), or the name of a complete folder.
@@ -85,33 +85,33 @@ def resolve_checkpoint(model_size: str, models_dir: str | Path, *, needed: Seque
 
 
 def absent_files(folder: Path, needed: Sequence[str]) -> list[str]:
-    """Lists which of the needed files are not in a folder: all of them when it cannot be looked into."""
+    """Lists the needed files that are not in a folder: all of them when the folder cannot be read."""
     with contextlib.suppress(OSError):
         return [name for name in needed if not (folder / name).is_file()]
     return list(needed)
 
 
 def missing_files(folder: Path, needed: Sequence[str] = FILES, config: GPT2Config | None = None) -> list[str]:
-    """Lists which of the needed files a folder lacks, or has only in a form that cannot be what its name says.
+    """Lists the needed files that a folder lacks, or has with a content that cannot belong to that name.
 
-    Weights that can be read are whole, whatever their files are called, as those of a training run. The vocabulary may
-    be any: a fine-tuned model need not have OpenAI's.
+    Readable weights count as complete, whatever the names of their files, such as ``model-25541.index`` of a training
+    run. Any vocabulary counts: a fine-tuned model need not have OpenAI's.
 
     Args:
-        folder: where the files are.
+        folder: holds the files.
         needed: which of the seven files must be there.
-        config: the shape of the size that is looked for; that of the size of the folder's name by default.
+        config: the shape of the wanted size; by default of the size that the folder is named after.
     """
     absent = absent_files(folder, needed)
-    own = None
+    stored_config = None
     with contextlib.suppress(CheckpointError):
-        own = GPT2Config.from_file(folder / HPARAMS)
-        prefix, _ = find_weights(folder, own)
-        is_whole = META in absent or META not in needed or file_is_genuine(folder / META, own)
+        stored_config = GPT2Config.from_file(folder / HPARAMS)
+        prefix, _ = find_weights(folder, stored_config)
+        is_whole = META in absent or META not in needed or file_is_genuine(folder / META, stored_config)
         lacking = absent if is_whole else [*absent, META]
         return lacking if prefix.name == PREFIX else [name for name in lacking if name not in WEIGHT_FILES]
     config = config or SIZES.get(folder.name)
-    if config is None or own not in (None, config):  # someone's own model: its files are not replaced
+    if config is None or stored_config not in (None, config):  # a user's own model: its files are not replaced
         return absent
     return [
         name
@@ -121,7 +121,7 @@ def missing_files(folder: Path, needed: Sequence[str] = FILES, config: GPT2Confi
 
 
 def file_is_genuine(path: Path, config: GPT2Config) -> bool:
-    """Whether a file is there and can be the one of its name."""
+    """Whether a file exists, and can be OpenAI's file of that name."""
     with contextlib.suppress(OSError):
         if path.is_file():
             with path.open("rb") as file:
@@ -139,7 +139,7 @@ def download_gpt2_files(model_size: str, model_dir: str | Path, *, needed: Seque
 
     Raises:
         CheckpointError: when ``model_size`` is not one of OpenAI's.
-        DownloadError: when a file cannot be fetched or written, or is not what it should be.
+        DownloadError: when a file cannot be fetched or written, or the server sends another file.
 
     Source: openai/gpt-2, ``download_model.py``; jaymody/picoGPT, ``utils.py``.
     """
@@ -187,7 +187,7 @@ def split_secret(url: str) -> tuple[str, tuple[str, str] | None]:
     """Takes user name and password out of a URL, so that nothing prints them.
 
     Raises:
-        DownloadError: when it has an ``@`` and no host behind it: a part of a password may stand anywhere then.
+        DownloadError: when it has an ``@`` and no host behind it: any part of it may then belong to a password.
     """
     try:
         parts = urlsplit(url)
@@ -211,8 +211,8 @@ def split_secret(url: str) -> tuple[str, tuple[str, str] | None]:
 def open_part(path: Path) -> Iterator[BinaryIO]:
     """Opens the file that becomes ``path``, for this thread alone.
 
-    It is ``<file>.part`` with what an earlier run left in it, and stays for a later one unless it is empty. While that
-    belongs to another thread or process, it is a new file of unique name, gone at the end.
+    It is ``<file>.part`` with the bytes of an earlier run, and stays for a later run unless it is empty. While another
+    thread or process holds that file, it is a new file of unique name, which is removed at the end.
     """
     shared = open_locked(path.with_name(f"{path.name}.part"))
     with shared or path.with_name(f"{path.name}.{uuid.uuid4().hex}.part").open("x+b") as part:
@@ -226,9 +226,9 @@ def open_part(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_locked(path: Path) -> BinaryIO | None:
-    """Opens a file for appending, locked until it is closed; None when the lock cannot be had, or it is no plain file.
+    """Opens a file for appending, locked until it is closed; None when the lock is taken, or it is not a plain file.
 
-    Nothing outside its folder is written to: a link that someone has put there is not followed.
+    A link is not followed, so that a planted one cannot make this write outside the folder.
     """
     if sys.platform == "win32":  # No flock there, and an open file cannot be renamed.
         return None
@@ -243,9 +243,9 @@ def open_locked(path: Path) -> BinaryIO | None:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = os.fstat(file.fileno())
+        status = os.fstat(file.fileno())
         # Its last owner may have renamed or removed it between our open and our lock.
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and os.path.samestat(found, path.lstat()):
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and os.path.samestat(status, path.lstat()):
             return file
     except OSError:
         pass

@@ -1,4 +1,4 @@
-"""OpenAI's seven files: their names, lengths and hashes, and whether a file can be the one that its name says.
+"""Lists the names, lengths and hashes of OpenAI's seven files, and checks whether a file can be one of them.
 
 Knows nothing of networks, nor of TensorFlow.
 """
@@ -26,24 +26,24 @@ FILES = (
     "model.ckpt.meta",
     "vocab.bpe",
 )
-"""In the order in which they are fetched. Source: openai/gpt-2, ``download_model.py``."""
+"""OpenAI's seven files, in the order of fetching. Source: openai/gpt-2, ``download_model.py``."""
 
 CHECKPOINT, ENCODER, HPARAMS, DATA, INDEX, META, MERGES = FILES
 
 VOCABULARY_FILES = (ENCODER, MERGES)
-"""What the tokenizer needs."""
+"""The files that the tokenizer reads."""
 
 WEIGHT_FILES = (CHECKPOINT, DATA, INDEX, META)
-"""What TensorFlow's saver wrote; weights are read without the last one."""
+"""The files that TensorFlow's saver wrote; the last one is not needed to read the weights."""
 
 PREFIX = "model.ckpt"
-"""The path of OpenAI's checkpoints without ending, in their folder."""
+"""The name of OpenAI's checkpoint in its folder, without an ending."""
 
 SHA256: Mapping[str, str] = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-"""The same for all sizes. Source: openai/tiktoken, ``openai_public.py``."""
+"""SHA-256 of the files that are equal for all sizes. Source: openai/tiktoken, ``openai_public.py``."""
 
 LENGTHS: Mapping[str, tuple[int, int]] = {
     CHECKPOINT: (1, 4096),
@@ -53,11 +53,11 @@ LENGTHS: Mapping[str, tuple[int, int]] = {
     META: (1, 1 << 24),
     MERGES: (456_318, 456_318),
 }
-"""Fewest and most bytes; OpenAI's longest index has 21 kB, the longest graph 1.9 MB."""
+"""Fewest and most bytes of each file; OpenAI's longest index has 21 kB, the longest graph 1.9 MB."""
 
 
 def length_bounds(name: str, config: GPT2Config) -> tuple[int, int]:
-    """Returns the fewest and the most bytes of a file; the data are the float32 weights and nothing else."""
+    """Returns the fewest and the most bytes of a file; the data file has 4 bytes per weight, and no others."""
     return LENGTHS[name] if name in LENGTHS else (4 * config.n_params, 4 * config.n_params)
 
 
@@ -85,16 +85,16 @@ def names_the_model(body: bytes, config: GPT2Config) -> bool:
 
 
 def is_of_shape(body: bytes, config: GPT2Config) -> bool:
-    """Whether ``hparams.json`` describes this model."""
+    """Whether the bytes of ``hparams.json`` describe a model of this shape."""
     return GPT2Config.from_hparams(json.loads(body)) == config
 
 
 def has_the_weights(body: bytes, config: GPT2Config) -> bool:
-    """Whether an index has all weights, inside a data file that holds nothing else."""
+    """Whether an index lists all weights, inside one data file of just their bytes."""
     index, expected = parse_index(body), expected_variables(config)
     stored = [index.variables[name] for name in expected if name in index.variables]
-    fits = sum(one.n_bytes for one in stored) == 4 * config.n_params
-    inside = all(one.shard == 0 and one.offset + one.n_bytes <= 4 * config.n_params for one in stored)
+    fits = sum(variable.n_bytes for variable in stored) == 4 * config.n_params
+    inside = all(v.shard == 0 and v.offset + v.n_bytes <= 4 * config.n_params for v in stored)
     return index.n_shards == 1 and fits and inside and not misfits(index, expected)
 
 

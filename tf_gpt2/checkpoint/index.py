@@ -1,6 +1,6 @@
-"""What a TensorFlow checkpoint holds, read from its small files ``checkpoint`` and ``<prefix>.index``.
+"""Reads the list of a TensorFlow checkpoint's variables, from its small files ``checkpoint`` and ``<prefix>.index``.
 
-An index is a table of variable names. Knows nothing of GPT-2, and needs no TensorFlow, so that a folder can be judged
+An index is a table of variable names. Knows nothing of GPT-2, and needs no TensorFlow, so that a folder can be checked
 before TensorFlow starts.
 
 Source: tensorflow, ``core/protobuf/tensor_bundle.proto``, ``python/training/checkpoint_state.proto``.
@@ -18,18 +18,18 @@ from tf_gpt2.checkpoint.tables import messages, number, read_fields, read_table
 from tf_gpt2.errors import CheckpointError
 
 MOST_INDEX_BYTES = 1 << 22
-"""An index has some 40 bytes per variable: 21 kB for the largest GPT-2."""
+"""Upper bound of an index's length; it has some 40 bytes per variable: 21 kB for the largest GPT-2."""
 
 MOST_STATE_BYTES = 1 << 20
-"""The file ``checkpoint`` of a long training run names all that were kept."""
+"""Upper bound of the file ``checkpoint``; that of a long training run names each checkpoint that was kept."""
 
 DTYPES = {1: "float32", 2: "float64", 3: "int32", 7: "string", 9: "int64", 14: "bfloat16", 19: "float16"}
-"""Names of the numbers in TensorFlow's ``types.proto``."""
+"""The number of a dtype in TensorFlow's ``types.proto`` -> its name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredVariable:
-    """Where a variable's numbers are.
+    """The place of a variable's numbers in the data files.
 
     Attributes:
         dtype: such as ``"float32"``.
@@ -57,11 +57,11 @@ def find_prefix(folder: str | Path) -> Path:
     """Finds a checkpoint's path without its ending.
 
     Args:
-        folder: holds the file ``checkpoint``, which names the newest one; or is the path of one without its ending.
-            A name with another machine's folders is looked for in ``folder``.
+        folder: holds the file ``checkpoint``, which names the newest checkpoint; or is the path of a checkpoint without
+            its ending. A name with another machine's folders is looked up in ``folder``.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: when there is no checkpoint.
     """
     folder = Path(folder)
     if not is_folder(folder):
@@ -82,21 +82,21 @@ def find_prefix(folder: str | Path) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder that can be looked at; one that is too long is none."""
+    """Whether a path is a folder; False, too, for a path that the system refuses, such as one that is too long."""
     with contextlib.suppress(OSError):
         return path.is_dir()
     return False
 
 
 def has_index(prefix: Path) -> bool:
-    """Whether there is a table for a checkpoint of this path."""
+    """Whether a checkpoint of this path has an index."""
     with contextlib.suppress(OSError):
         return prefix.name != "" and index_path(prefix).is_file()
     return False
 
 
 def index_path(prefix: Path) -> Path:
-    """Returns the path of a checkpoint's table."""
+    """Returns the path of a checkpoint's index."""
     return prefix.with_name(f"{prefix.name}.index")
 
 
@@ -106,14 +106,19 @@ def shard_path(prefix: Path, shard: int, n_shards: int) -> Path:
 
 
 def read_small_file(path: Path, most_bytes: int, *, missing: str = "the checkpoint is not complete") -> bytes:
-    """Reads a regular file whole, unless it is longer than any of its kind.
+    """Reads a regular file whole.
+
+    Args:
+        path: the file.
+        most_bytes: the length of the longest file to accept.
+        missing: the first words of the error's message: what it means that the file cannot be read.
 
     Raises:
-        CheckpointError: when there is no such file, or it is too long; ``missing`` says what that means.
+        CheckpointError: when there is no such file, or it is too long.
     """
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{missing}: {path} is no file")
+            raise CheckpointError(f"{missing}: {path} is not a file")
         with path.open("rb") as file:
             body = file.read(most_bytes + 1)
     except FileNotFoundError as error:
@@ -121,24 +126,24 @@ def read_small_file(path: Path, most_bytes: int, *, missing: str = "the checkpoi
     except OSError as error:
         raise CheckpointError(f"{missing}: cannot read {path}: {error.strerror}") from error
     if len(body) > most_bytes:
-        raise CheckpointError(f"{missing}: {path} is longer than {most_bytes} bytes, which no such file is")
+        raise CheckpointError(f"{missing}: {path} is longer than {most_bytes} bytes; no such file is")
     return body
 
 
 def named_prefix(state: bytes) -> str | None:
-    """Returns the ``model_checkpoint_path`` in the text of a file ``checkpoint``; None when there is none."""
-    found = re.search(rb"""^[ \t]*model_checkpoint_path[ \t]*:[ \t]*(["'])((?:[^\\\n]|\\.)+?)\1""", state, re.MULTILINE)
-    if found is None:
+    """Returns the ``model_checkpoint_path`` in the text of a file ``checkpoint``; None when it has no such line."""
+    match = re.search(rb"""^[ \t]*model_checkpoint_path[ \t]*:[ \t]*(["'])((?:[^\\\n]|\\.)+?)\1""", state, re.MULTILINE)
+    if match is None:
         return None
-    try:  # Bytes that are no ASCII are written as they are, or as octal numbers.
-        text = found[2].decode("unicode_escape").encode("latin-1")
+    try:  # Bytes outside ASCII are written as they are, or as octal numbers.
+        text = match[2].decode("unicode_escape").encode("latin-1")
     except UnicodeError:
         return None
     return text.decode("utf-8", "surrogateescape")
 
 
 def read_index(prefix: Path) -> Index:
-    """Reads the table of a checkpoint.
+    """Reads the index of a checkpoint.
 
     Raises:
         CheckpointError: when it is missing or damaged.
@@ -152,7 +157,7 @@ def read_index(prefix: Path) -> Index:
 
 
 def parse_index(body: bytes) -> Index:
-    """Reads a table from the bytes of its file.
+    """Reads an index from the bytes of its file.
 
     Raises:
         ValueError, IndexError: when it is damaged.
@@ -161,7 +166,7 @@ def parse_index(body: bytes) -> Index:
     for name, entry in read_table(body):
         if name == b"":  # the header comes first
             n_shards = read_header(entry)
-        elif not name.startswith(b"\0"):  # that is a slice, and belongs to another entry
+        elif not name.startswith(b"\0"):  # the other names are slices, which belong to another entry
             variables[name.decode("utf-8")] = read_entry(entry)
     if n_shards is None:
         raise ValueError("it has no header")
@@ -169,7 +174,7 @@ def parse_index(body: bytes) -> Index:
 
 
 def read_header(entry: bytes) -> int:
-    """Returns the number of data files."""
+    """Returns the number of data files, from the bytes of the header."""
     fields = read_fields(entry)
     if number(fields, 2):
         raise ValueError("its numbers are big-endian")
@@ -191,7 +196,7 @@ def read_entry(entry: bytes) -> StoredVariable:
 
 
 def places_that_lack_bytes(prefix: Path, index: Index, names: list[str]) -> str | None:
-    """Describes the first data file that is missing or too short for some of these variables; None when all is well."""
+    """Describes the first data file that is missing, or too short for these variables; returns None when all fit."""
     ends: dict[int, int] = {}
     for name in names:
         variable = index.variables[name]

@@ -1,4 +1,4 @@
-"""A name or a folder -> vocabulary, hyperparameters and weights. Imports TensorFlow only to read weights."""
+"""Loads vocabulary, hyperparameters and weights by a model's name or folder. Imports TensorFlow only for weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def find_folder(model: str | Path, models_dir: str | Path) -> Path:
 
     Args:
         model: ``"124M"``, ``"355M"``, ``"774M"``, ``"1558M"``, ``"tiny"`` (embedded), the name of a folder in
-            ``models_dir``, or the path of a folder. A str that can be both is the name; a ``Path`` the path.
+            ``models_dir``, or the path of a folder. A str that can be both counts as the name, a ``Path`` as the path.
         models_dir: holds one folder per model.
 
     Raises:
@@ -34,7 +34,7 @@ def find_folder(model: str | Path, models_dir: str | Path) -> Path:
     if model != "" and is_folder(Path(model)):
         return Path(model)
     if is_name:
-        return resolve_checkpoint(str(model), models_dir)  # raises: names what there is
+        return resolve_checkpoint(str(model), models_dir)  # raises an error that lists the models
     raise CheckpointError(f"model={str(model)!r} is not a folder; {CHOICES}, or the path of a folder")
 
 
@@ -42,7 +42,7 @@ def read_encoder_and_config(folder: str | Path) -> tuple[Encoder, GPT2Config]:
     """Reads the vocabulary and the hyperparameters in a folder, and checks that they fit each other.
 
     Raises:
-        CheckpointError: when a file is missing or damaged, or they do not fit.
+        CheckpointError: when a file is missing or damaged, or the two do not fit.
     """
     if not is_folder(Path(folder)):
         raise CheckpointError(
@@ -64,13 +64,13 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str | Path) -> 
     Args:
         model_size: ``"124M"``, ``"355M"``, ``"774M"``, ``"1558M"``, or the name of a folder in ``models_dir`` with the
             seven files; ``"tiny"`` is the embedded checkpoint.
-        models_dir: the files are in, or go to, ``{models_dir}/{model_size}``.
+        models_dir: holds the folder ``{models_dir}/{model_size}``; missing files are downloaded into that folder.
 
     Returns:
         The encoder; ``hparams.json`` as a dict; the parameter tree, leaves float32 arrays.
 
     Raises:
-        CheckpointError: when ``model_size`` names nothing known, or files are damaged.
+        CheckpointError: when there is no model ``model_size``, or files are damaged.
         DownloadError: when files cannot be fetched.
 
     Example:
@@ -86,5 +86,5 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str | Path) -> 
 
 
 def get_encoder(model_name: str, models_dir: str | Path) -> Encoder:
-    """Reads the vocabulary in ``{models_dir}/{model_name}``; raises what ``Encoder.from_files`` does."""
+    """Reads the vocabulary in ``{models_dir}/{model_name}``; raises the errors of ``Encoder.from_files``."""
     return Encoder.from_files(resolve_checkpoint(model_name, models_dir, needed=VOCABULARY_FILES))

@@ -1,4 +1,4 @@
-"""OpenAI's TensorFlow-1 checkpoint <-> the parameter tree.
+"""Reads OpenAI's TensorFlow-1 checkpoint as the parameter tree, and writes the tree as such a checkpoint.
 
 Knows nothing of Keras layers; the names of the variables stand in ``variables.py``.
 """
@@ -29,28 +29,28 @@ logger = logging.getLogger(__name__)
 PREFIX = "model.ckpt"
 
 STATE = f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'
-"""OpenAI's file ``checkpoint``, which has relative names."""
+"""The content of OpenAI's file ``checkpoint``, which has relative names."""
 
 PATTERN_SIGNS = re.compile(rb"[*?\[\\]")
-"""TensorFlow takes a path that has one of these for a pattern."""
+"""Characters that make TensorFlow read a path as a pattern of file names."""
 
 
 def open_checkpoint(folder: str | Path, config: GPT2Config) -> Iterator[tuple[str, tf.Tensor]]:
-    """Checks a checkpoint, and returns what reads it one variable at a time.
+    """Checks a checkpoint, and returns an iterator that reads one variable at a time.
 
-    What is no weight, such as an optimizer's state, is ignored, and named in the log at level DEBUG.
+    Other variables than weights, such as an optimizer's state, are ignored, and named in the log at level DEBUG.
 
     Args:
-        folder: holds ``checkpoint`` and what that names; or the path of a checkpoint without its ending.
+        folder: holds ``checkpoint`` and the files that it names; or is the path of a checkpoint without its ending.
         config: the hyperparameters that the variables must fit.
 
     Returns:
-        An iterator of ``(path in the tree, float32 tensor in the tree's shape)``, each variable once. Tensors, because
-        a variable takes one over without a copy.
+        An iterator of ``(path in the tree, float32 tensor in the tree's shape)``, each variable once. They are tensors,
+        because assigning a tensor to a variable copies nothing.
 
     Raises:
-        CheckpointError: at once when the checkpoint is not complete or its weights are not exactly those of a GPT-2
-            of this config; at a variable whose bytes are damaged.
+        CheckpointError: at once, when the checkpoint is not complete or its weights are not exactly those of a GPT-2
+            of this config; during iteration, at a variable whose bytes are damaged.
     """
     prepare_process()
     prefix, ignored = find_weights(folder, config)
@@ -61,27 +61,27 @@ def open_checkpoint(folder: str | Path, config: GPT2Config) -> Iterator[tuple[st
 
 
 def read_variables(prefix: Path, config: GPT2Config) -> Iterator[tuple[str, tf.Tensor]]:
-    """Yields the variables of a checkpoint that ``find_weights`` has found good; as ``open_checkpoint``."""
+    """Yields the variables of a checkpoint that ``find_weights`` has checked; see ``open_checkpoint``."""
     try:
         with path_without_signs(prefix) as path:
             for leaf, shape in leaves(param_shapes(config)):
                 (tensor,) = tf.raw_ops.RestoreV2(
                     prefix=path, tensor_names=[variable_name(leaf)], shape_and_slices=[""], dtypes=[tf.float32]
                 )
-                # reshape, not squeeze: it takes off the convolution's axis and no true axis of size 1
+                # reshape, not squeeze: it removes the convolution's axis, but no axis of the tree that has size 1
                 yield leaf, tf.reshape(tensor, shape)
     except tf.errors.OpError as error:
         raise CheckpointError(
             f"cannot read the checkpoint {prefix}: {str(error).splitlines()[0]}; "
-            f"take the whole folder anew from where it came"
+            f"copy the whole folder again from its source"
         ) from error
 
 
 @contextlib.contextmanager
 def path_without_signs(prefix: Path) -> Iterator[bytes]:
-    """Yields a path of a checkpoint that TensorFlow takes for no pattern: its own, or one of links in a new folder."""
+    """Yields a path that TensorFlow does not read as a pattern: its own, or that of links in a new folder."""
     if not PATTERN_SIGNS.search(os.fsencode(prefix)):
-        yield os.fsencode(prefix)  # bytes: a name need not be UTF-8
+        yield os.fsencode(prefix)  # as bytes, because a name need not be UTF-8
         return
     with tempfile.TemporaryDirectory() as folder:
         if PATTERN_SIGNS.search(os.fsencode(folder)):
@@ -134,11 +134,11 @@ def save_gpt2_params_to_tf_ckpt(params: Tree, hparams: Mapping[str, Any], model_
     check_params(params, param_shapes(config))
     model_dir = Path(model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
-    # inside the folder, which may be a file system of its own
+    # inside model_dir, because it may be a file system of its own, and a move must not cross file systems
     with tempfile.TemporaryDirectory(dir=model_dir, prefix=".") as staging:
         write_checkpoint(params, Path(staging))
         (Path(staging) / "hparams.json").write_text(json.dumps(dict(hparams)), encoding="utf-8")
-        # 'checkpoint' names the others, so it goes first and comes last: until then the folder holds no model
+        # 'checkpoint' names the others, so it is removed first and moved last: in between the folder holds no model
         (model_dir / "checkpoint").unlink(missing_ok=True)
         for file in sorted(Path(staging).iterdir(), key=lambda file: file.name == "checkpoint"):
             file.replace(model_dir / file.name)
@@ -150,7 +150,7 @@ def write_checkpoint(params: Tree, folder: Path) -> None:
         variable_name(path): np.asarray(leaf, dtype=np.float32).reshape(stored_shape(path, leaf.shape))
         for path, leaf in leaves(params)
     }
-    # not the saver itself: it takes no path that is not UTF-8
+    # not the saver itself, which accepts only UTF-8 paths
     tf.raw_ops.SaveV2(
         prefix=os.fsencode(folder / PREFIX),
         tensor_names=list(stored),

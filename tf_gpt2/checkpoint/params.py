@@ -1,4 +1,4 @@
-"""The parameter tree as data: its shapes, checks, counts, and random trees for tests and benchmarks.
+"""The parameter tree as data: its shapes, checks and counts, and random trees for tests and benchmarks.
 
 The tree has OpenAI's names: nested dicts, ``blocks`` a list, leaves NumPy arrays. Knows nothing of files or TensorFlow.
 """
@@ -18,7 +18,7 @@ Tree = Any
 
 
 def block_shapes(config: GPT2Config) -> dict[str, Any]:
-    """Gives the tree of shapes of one block."""
+    """Returns the tree of shapes of one block."""
     c = config.n_embd
     return {
         "attn": {"c_attn": {"b": (3 * c,), "w": (c, 3 * c)}, "c_proj": {"b": (c,), "w": (c, c)}},
@@ -29,7 +29,7 @@ def block_shapes(config: GPT2Config) -> dict[str, Any]:
 
 
 def param_shapes(config: GPT2Config) -> dict[str, Any]:
-    """Gives the tree of shapes of a whole model, the leaves tuples."""
+    """Returns the tree of shapes of a whole model; its leaves are tuples."""
     c = config.n_embd
     return {
         "blocks": [block_shapes(config) for _ in range(config.n_layer)],
@@ -62,28 +62,28 @@ def check_params(params: Tree, shapes: Tree) -> None:
 
     Args:
         params: a parameter tree or subtree; leaves NumPy arrays or anything with ``shape`` and ``dtype``.
-        shapes: the tree of expected shapes, as from ``param_shapes``.
+        shapes: the tree of expected shapes, as ``param_shapes`` returns it.
 
     Raises:
-        ParamsError: naming the path of each missing, extra or misshapen leaf (the first ten of them).
+        ParamsError: when they differ; the message names the paths of the first ten wrong leaves.
     """
-    expected, found = dict(leaves(shapes)), dict(leaves(params))
-    problems = [f"{path}: missing" for path in expected if path not in found]
-    problems += [f"{path}: unexpected" for path in found if path not in expected]
-    for path in expected.keys() & found.keys():
-        problems += leaf_problems(path, expected[path], found[path])
+    expected, actual = dict(leaves(shapes)), dict(leaves(params))
+    problems = [f"{path}: missing" for path in expected if path not in actual]
+    problems += [f"{path}: unexpected" for path in actual if path not in expected]
+    for path in expected.keys() & actual.keys():
+        problems += leaf_problems(path, expected[path], actual[path])
     if problems:
         more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
         raise ParamsError(f"wrong parameter tree: {'; '.join(sorted(problems)[:10])}{more}")
 
 
 def leaf_problems(path: str, shape: tuple[int, ...], leaf: Any) -> list[str]:
-    """Says what is wrong with one leaf: nothing, its type, its shape or its dtype."""
+    """Describes the error in one leaf's type, shape or dtype; returns an empty list when the leaf is right."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return [f"{path}: expected an array, got {type(leaf).__name__}"]
     if tuple(leaf.shape) != tuple(shape):
         return [f"{path}: expected {tuple(shape)}, got {tuple(leaf.shape)}"]
-    # by name: to NumPy bfloat16 is raw bytes, and the dtypes of TensorFlow and Keras are none of NumPy's
+    # by name, because NumPy does not know bfloat16, nor the dtype objects of TensorFlow and Keras
     if "float" not in getattr(leaf.dtype, "name", str(leaf.dtype)):
         return [f"{path}: expected floats, got {leaf.dtype}"]
     return []
@@ -97,7 +97,7 @@ def count_params(tree: Tree) -> int:
 def random_params(config: GPT2Config, *, seed: int = 0, bias_scale: float = 0.1) -> dict[str, Any]:
     """Makes a random float32 tree at GPT-2's initial scales, with random biases and gains.
 
-    Biases and gains are random because zero biases and unit gains hide swapped ones.
+    Biases and gains are random because a test with zero biases and unit gains cannot notice swapped ones.
 
     Args:
         config: the shapes.

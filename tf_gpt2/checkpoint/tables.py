@@ -1,7 +1,7 @@
-"""The two binary forms in a TensorFlow checkpoint's small files: sorted tables, and protocol buffers.
+"""Parses the two binary forms in a TensorFlow checkpoint's small files: sorted tables, and protocol buffers.
 
-A table has blocks of entries, name to bytes, each block with a checksum; an index of the blocks; a footer. What is read
-may be anyone's file: time and memory are bounded by its length.
+A table has blocks of entries (name -> bytes), each block with a checksum; an index of the blocks; a footer. The file
+may come from anyone: its length bounds the time and memory of reading it.
 
 Source: tensorflow, ``core/lib/io/table_format.txt``, ``core/lib/hash/crc32c.h``; protobuf.dev, "Encoding".
 """
@@ -16,20 +16,20 @@ MAGIC = bytes.fromhex("57fb808b247547db")
 """The last bytes of a table."""
 
 MOST_NAME_BYTES = 1 << 25
-"""Of all names together: an entry of a few bytes can repeat a long part of the name before it."""
+"""Upper bound of all names together: an entry of a few bytes can repeat a long part of the name before it."""
 
 Fields = dict[int, list["int | bytes"]]
-"""A protocol buffer: number of a field to its values, in their order."""
+"""A protocol buffer: the number of a field -> its values, in order."""
 
 
 def read_table(body: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yields names and values of a table, given the bytes of its file.
+    """Yields the names and values of a table, given the bytes of its file.
 
     Raises:
-        ValueError, IndexError: when it is damaged.
+        ValueError, IndexError: when the table is damaged.
     """
     if len(body) < FOOTER_BYTES or body[-len(MAGIC) :] != MAGIC:
-        raise ValueError("it does not end as one")
+        raise ValueError("its last bytes are not those of a table")
     footer = body[-FOOTER_BYTES:]
     offset, size, _ = read_handle(footer, read_handle(footer, 0)[2])
     end, n_name_bytes, last = 0, 0, None
@@ -55,7 +55,7 @@ def read_block(body: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byt
         raise ValueError("a checksum is wrong")
     if trailer[0]:
         raise ValueError("it is compressed, which TensorFlow's checkpoints are not")
-    end = size - 4 * (1 + int.from_bytes(block[-4:], "little"))  # Behind the entries are restart points.
+    end = size - 4 * (1 + int.from_bytes(block[-4:], "little"))  # restart points follow the entries
     at, name = 0, b""
     while at < end:
         n_shared, at = read_varint(block, at)
@@ -69,14 +69,14 @@ def read_block(body: bytes, offset: int, size: int) -> Iterator[tuple[bytes, byt
 
 
 def read_handle(body: bytes, at: int) -> tuple[int, int, int]:
-    """Reads the offset and size of a block, and where the next handle starts."""
+    """Returns the offset and size of a block, and the place of the next handle."""
     offset, at = read_varint(body, at)
     size, at = read_varint(body, at)
     return offset, size, at
 
 
 def read_varint(body: bytes, at: int) -> tuple[int, int]:
-    """Reads an integer of seven bits per byte, and where the next one starts."""
+    """Returns an integer that is stored as seven bits per byte, and the place behind it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = body[at]
@@ -97,7 +97,7 @@ def crc32c_table() -> list[int]:
 
 
 def masked_crc32c(body: bytes) -> int:
-    """Computes a checksum as tables store it: rotated, so that it differs from that of data with checksums inside."""
+    """Computes CRC-32C as tables store it: rotated, so that data that contain checksums get another one."""
     table, crc = crc32c_table(), 0xFFFFFFFF
     for byte in body:
         crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
@@ -106,7 +106,7 @@ def masked_crc32c(body: bytes) -> int:
 
 
 def read_fields(message: bytes) -> Fields:
-    """Reads the fields of a protocol buffer."""
+    """Reads the fields of a protocol buffer from its bytes."""
     fields: Fields = {}
     at = 0
     while at < len(message):
@@ -125,7 +125,7 @@ def read_fields(message: bytes) -> Fields:
 
 
 def number(fields: Fields, key: int) -> int:
-    """Returns an integer field, 0 when it is not there."""
+    """Returns the value of an integer field; 0 when the message lacks it."""
     value = fields.get(key, [0])[-1]
     if not isinstance(value, int):
         raise ValueError("a message is damaged")

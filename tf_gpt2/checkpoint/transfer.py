@@ -1,4 +1,4 @@
-"""A file over HTTP, with an end: resumed, tried again, never longer than it may be, never slower than a least rate.
+"""Fetches a file over HTTP: resumes, tries again, and gives up on a server that sends too much or too slowly.
 
 Knows nothing of checkpoints.
 """
@@ -22,26 +22,26 @@ import urllib3
 from tqdm import tqdm
 
 TIMEOUTS_S = (4.0, 30.0)
-"""To connect (TCP repeats its first packet after 1 s and 3 s), and between two packets (a mirror may be busy)."""
+"""Longest waits to connect (TCP repeats its first packet after 1 s and 3 s), and between packets (for busy mirrors)."""
 
 WAITS_S = (0.5, 1.0, 2.0)
-"""Before each new attempt; growing, and 3.5 s in all, so that without a network the error comes within 5 s."""
+"""Waits before each new attempt: 3.5 s in all, so that without a network the error comes within 5 s."""
 
 LONGEST_RETRY_AFTER_S = 20.0
-"""A server that asks for a longer pause gets no second attempt: the user decides when to come back."""
+"""A server that asks for a longer pause gets no second attempt: the user decides when to try again."""
 
 LEAST_BYTES, LEAST_BYTES_PER_S = 64 * 1024, 60.0
-"""A server sends at least so many bytes in so many seconds, headers included, or is left."""
+"""The least rate, headers included: the attempt ends if a server sends fewer bytes in so many seconds."""
 
 CHUNK_BYTES = 64 * 1024
-"""Read at once: a stream that is cut loses up to so much."""
+"""Bytes per read: a cut stream loses up to so many."""
 
 MOST_REDIRECTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a file comes from, and how long it may be.
+    """The address of a file, and the bounds of its length.
 
     Attributes:
         url: without user name and password.
@@ -61,7 +61,7 @@ class Source:
 
 
 class AttemptError(Exception):
-    """One attempt failed; another makes sense after ``retry_after_s`` seconds, never if None."""
+    """One attempt failed; another may succeed after ``retry_after_s`` seconds, or never if that is None."""
 
     def __init__(self, reason: str, retry_after_s: float | None) -> None:
         super().__init__(reason)
@@ -72,22 +72,22 @@ def fetch(part: BinaryIO, source: Source, is_genuine: Callable[[], bool]) -> Non
     """Fetches until ``part`` holds the whole file.
 
     Raises:
-        AttemptError: when the last attempt failed, or another makes no sense.
+        AttemptError: when the last attempt failed, or another cannot succeed.
     """
     for _ in range(2):
         fetch_rest_patiently(part, source)
         if is_genuine():
             return
-        # It may have been resumed from another version of the file: once more, from the first byte.
+        # The first bytes may be of another version of the file: fetch once more, from the first byte.
         part.truncate(0)
     raise AttemptError(f"what arrived is not the {source.name} of this model (by its SHA-256 or content)", None)
 
 
 def fetch_rest_patiently(part: BinaryIO, source: Source) -> None:
-    """Calls ``fetch_rest`` until it succeeds, with growing waits; an attempt that got further starts the waits anew.
+    """Calls ``fetch_rest`` until it succeeds, with growing waits; each attempt that gets further resets the waits.
 
     Raises:
-        AttemptError: when the last attempt failed, or another makes no sense.
+        AttemptError: when the last attempt failed, or another cannot succeed.
     """
     waits, furthest = iter(WAITS_S), part.seek(0, os.SEEK_END)
     while True:
@@ -103,7 +103,7 @@ def fetch_rest_patiently(part: BinaryIO, source: Source) -> None:
 
 
 def fetch_rest(part: BinaryIO, source: Source) -> None:
-    """Appends what ``part`` lacks, by one request."""
+    """Appends the missing bytes to ``part``, by one request."""
     if part.seek(0, os.SEEK_END) > source.most_bytes:
         part.truncate(0)
     size = part.seek(0, os.SEEK_END)
@@ -128,7 +128,7 @@ def fetch_rest(part: BinaryIO, source: Source) -> None:
 
 
 def append_body(part: BinaryIO, reader: Reader, total: int | None, source: Source) -> None:
-    """Appends the body of a response, with a bar on stderr that counts the bytes of the whole file."""
+    """Appends the body of a response, and shows a bar on stderr that counts the bytes of the whole file."""
     with tqdm(desc=f"Fetching {source.name}", total=total, initial=part.tell(), unit="b", unit_scale=True) as bar:
         for chunk in reader.chunks():
             if part.tell() + len(chunk) > source.most_bytes:
@@ -143,7 +143,7 @@ def append_body(part: BinaryIO, reader: Reader, total: int | None, source: Sourc
 
 
 class Reader(threading.Thread):
-    """Reads one response in a thread of its own: whoever waits for it can leave, whatever the server drips.
+    """Reads one response in a thread of its own, so that its caller can give up while a slow server still sends.
 
     Args:
         source: where to read.
@@ -154,13 +154,13 @@ class Reader(threading.Thread):
         super().__init__(daemon=True, name=f"fetch {source.name}")
         self.source = source
         self.headers = headers
-        self.found: queue.Queue[Any] = queue.Queue(maxsize=64)
+        self.items: queue.Queue[Any] = queue.Queue(maxsize=64)
         self.left = threading.Event()
         self.answer: requests.Response | None = None
         self.n_bytes, self.deadline = 0, time.monotonic() + LEAST_BYTES_PER_S
 
     def run(self) -> None:
-        """Puts the response, each chunk of its body, and None at the end; or an exception in the place of each."""
+        """Puts the response, each chunk of its body and None into the queue; after a failure, the exception instead."""
         try:
             with NoRedirects() as session, open_response(session, self.source, self.headers) as response:
                 self.answer = response
@@ -168,17 +168,17 @@ class Reader(threading.Thread):
                 for chunk in body_chunks(response):
                     self.put(chunk)
             self.put(None)
-        except Exception as error:  # raised in the thread that waits
+        except Exception as error:  # ``take`` raises it in the thread that waits
             self.put(error)
 
     def put(self, item: Any) -> None:
-        """Hands over one item; drops it when nobody waits any more."""
+        """Puts one item into the queue; drops it once the caller has left."""
         while not self.left.is_set():
             with contextlib.suppress(queue.Full):
-                self.found.put(item, timeout=0.2)
+                self.items.put(item, timeout=0.2)
                 return
         if not isinstance(item, BaseException):
-            raise ConnectionAbortedError("nobody reads this any more")
+            raise ConnectionAbortedError("the caller has left")
 
     def take(self) -> Any:
         """Waits for the next item.
@@ -187,12 +187,12 @@ class Reader(threading.Thread):
             AttemptError: when the server fails, or is too slow.
         """
         try:
-            item = self.found.get(timeout=max(0.0, self.deadline - time.monotonic()))
+            item = self.items.get(timeout=max(0.0, self.deadline - time.monotonic()))
         except queue.Empty:
             rate = f"fewer than {LEAST_BYTES} bytes in {LEAST_BYTES_PER_S:g} s"
             raise AttemptError(f"the server is too slow: {rate}", None) from None
         if isinstance(item, (requests.RequestException, urllib3.exceptions.HTTPError, ValueError, OSError, zlib.error)):
-            # requests' errors about a URL are ValueErrors; a connection that timed out has been tried three times
+            # requests' errors about a URL are ValueErrors; a connection that timed out was tried three times by TCP
             hopeless = isinstance(item, (requests.ConnectTimeout, ValueError))
             raise AttemptError(root_cause(item), None if hopeless else 0.0) from item
         if isinstance(item, BaseException):
@@ -200,12 +200,12 @@ class Reader(threading.Thread):
         return item
 
     def response(self) -> requests.Response:
-        """Waits for the head of the response."""
+        """Waits for the response's status and headers."""
         response: requests.Response = self.take()
         return response
 
     def chunks(self) -> Iterator[bytes]:
-        """Yields the body."""
+        """Yields the body, chunk by chunk."""
         while (chunk := self.take()) is not None:
             self.n_bytes += len(chunk)
             if self.n_bytes >= LEAST_BYTES:
@@ -213,18 +213,18 @@ class Reader(threading.Thread):
             yield chunk
 
     def leave(self) -> None:
-        """Tells the thread that nobody waits; what it still waits for on its socket ends, too."""
+        """Tells the thread that the caller has left, and shuts down the socket that it may still wait for."""
         self.left.set()
         if self.is_alive() and self.answer is not None:
-            with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # urllib3 before 2.3 has none
+            with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # urllib3 < 2.3 has none
                 self.answer.raw.shutdown()
 
 
 class NoRedirects(requests.Session):
-    """A session that leaves redirects to ``open_response``: requests reads their bodies, of any length."""
+    """A session that leaves redirects to ``open_response``, because requests reads their bodies, however long."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """Finds no target."""
+        """Returns None: no response redirects."""
 
 
 def open_response(session: requests.Session, source: Source, headers: dict[str, str]) -> requests.Response:
@@ -246,7 +246,7 @@ def open_response(session: requests.Session, source: Source, headers: dict[str, 
 
 
 def body_chunks(response: requests.Response) -> Iterator[bytes]:
-    """Yields the body in small chunks; one that is compressed is unpacked bit by bit, for a few bytes can be a disk."""
+    """Yields the body in small chunks, unpacked step by step if compressed: a few bytes may unpack to gigabytes."""
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", ""):
         raise AttemptError(f"the server sent the file packed as {encoding[:40]}", None)
@@ -266,7 +266,7 @@ def body_chunks(response: requests.Response) -> Iterator[bytes]:
 
 
 def check_response(response: requests.Response) -> None:
-    """Raises AttemptError unless a response is about the file: no error, no page."""
+    """Raises AttemptError when a response is an error or a web page, and not the file."""
     code, status = response.status_code, f"HTTP status {response.status_code} {str(response.reason)[:100]}"
     if code == 429 or code >= 500:
         wish_s = count(response.headers.get("Retry-After", "")) or 0  # It may be a date: then our own waits hold.
@@ -279,8 +279,8 @@ def check_response(response: requests.Response) -> None:
 
 
 def read_extent(response: requests.Response) -> tuple[int | None, int | None]:
-    """Reads at which byte of the file a body starts (None: is no part of it), and the file's length (None: unknown)."""
-    # The lengths of an encoded body are not those of what we write.
+    """Returns the body's first byte in the file (None: not a part of it), and the file's length (None: unknown)."""
+    # The headers of a compressed body count its compressed bytes, not the file's.
     encoded = response.headers.get("Content-Encoding", "identity") != "identity"
     if response.status_code == 200:
         return 0, None if encoded else count(response.headers.get("Content-Length", ""))
@@ -293,11 +293,11 @@ def read_extent(response: requests.Response) -> tuple[int | None, int | None]:
 
 
 def count(text: str) -> int | None:
-    """Reads a number of bytes or seconds in a header; None for anything else, such as "²" or 5,000 digits."""
+    """Reads a number of bytes or seconds in a header; None for other text, such as "²" or 5,000 digits."""
     return int(text) if re.fullmatch(r"\d{1,18}", text.strip(), re.ASCII) else None
 
 
 def root_cause(error: BaseException) -> str:
-    """Returns what lies at the bottom of a network error, such as "[Errno 111] Connection refused"."""
+    """Returns the first cause of a network error, such as "[Errno 111] Connection refused"."""
     inner = error.__cause__ or next((arg for arg in error.args if isinstance(arg, BaseException)), None)
     return root_cause(inner) if inner else str(error)[:500] or type(error).__name__

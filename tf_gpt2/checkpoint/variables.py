@@ -1,4 +1,4 @@
-"""The variables of a GPT-2's TensorFlow checkpoint: their names and shapes, and whether a checkpoint has them.
+"""Names the variables of a GPT-2's TensorFlow checkpoint, and checks that a checkpoint has them all.
 
 The only module that knows the names: ``model/wte``, ``model/h0/attn/c_attn/w``, … Needs no TensorFlow.
 """
@@ -16,17 +16,17 @@ from tf_gpt2.errors import CheckpointError
 LEAF = r"model/(?:wte|wpe|(?:ln_f|h\d+/ln_[12])/[bg]|h\d+/(?:attn/c_(?:attn|proj)|mlp/c_(?:fc|proj))/[bw])"
 
 NO_WEIGHT = re.compile(rf"(?!model/).*|{LEAF}/.+|(?:.*/)?(?:global_step|beta[12]_power)(?:_\d+)?", re.DOTALL)
-"""What a training run keeps beside the weights: names outside ``model/``, what an optimizer remembers of a weight
-(``model/wte/Adam``), counters."""
+"""Names of variables that a training run keeps beside the weights: those outside ``model/``, an optimizer's state of a
+weight (``model/wte/Adam``), and counters."""
 
 
 def variable_name(path: str) -> str:
-    """Returns the checkpoint's name of a leaf: ``blocks/3/ln_1/g`` -> ``model/h3/ln_1/g``."""
+    """Returns the name of a leaf's variable: ``blocks/3/ln_1/g`` -> ``model/h3/ln_1/g``."""
     return "model/" + re.sub(r"^blocks/", "h", path)
 
 
 def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a leaf's shape in the checkpoint: each ``w`` was the kernel of a convolution of width 1."""
+    """Returns the shape of a leaf's variable: (1, n_in, n_out) for a ``w``, the kernel of a convolution of width 1."""
     return (1, *shape) if path.endswith("/w") else shape
 
 
@@ -36,17 +36,17 @@ def expected_variables(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 
 def find_weights(folder: str | Path, config: GPT2Config) -> tuple[Path, list[str]]:
-    """Finds a checkpoint that has all weights of a model, with the files that hold them.
+    """Finds a checkpoint, and checks that it has all weights of a model and the files that hold them.
 
     Args:
-        folder: holds ``checkpoint`` and what that names; or the path of a checkpoint without its ending.
+        folder: holds ``checkpoint`` and the files that it names; or is the path of a checkpoint without its ending.
         config: the hyperparameters that the variables must fit.
 
     Returns:
-        The path of the checkpoint without its ending, and the names of what is no weight, such as an optimizer's state.
+        The path of the checkpoint without its ending, and the names of its other variables, e.g. an optimizer's state.
 
     Raises:
-        CheckpointError: when a file is missing, damaged or too short, a weight missing, misshapen or one too many.
+        CheckpointError: when a file is missing, damaged or too short, or a weight missing, misshapen or unexpected.
     """
     prefix = find_prefix(folder)
     index = read_index(prefix)
@@ -55,25 +55,25 @@ def find_weights(folder: str | Path, config: GPT2Config) -> tuple[Path, list[str
         more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
         raise CheckpointError(
             f"{prefix} does not fit its hparams: {'; '.join(problems[:10])}{more}; "
-            f"take the hparams.json of these weights, or the whole folder anew from where it came"
+            f"take the hparams.json of these weights, or copy the whole folder again from its source"
         )
     if problem := places_that_lack_bytes(prefix, index, list(expected)):
         raise CheckpointError(
-            f"the checkpoint {prefix} is not complete: {problem}; take the whole folder anew from where it came"
+            f"the checkpoint {prefix} is not complete: {problem}; copy the whole folder again from its source"
         )
     return prefix, sorted(index.variables.keys() - expected.keys())
 
 
 def misfits(index: Index, expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """Describes, sorted, how an index differs from the weights of a model; what is no weight is no difference."""
-    found = index.variables
-    problems = [f"{name}: missing" for name in expected if name not in found]
+    """Describes, sorted, the differences of an index from the weights of a model; ignores ``NO_WEIGHT`` variables."""
+    stored = index.variables
+    problems = [f"{name}: missing" for name in expected if name not in stored]
     problems += [
-        f"{name[:200]}: unexpected" for name in found if name not in expected and not NO_WEIGHT.fullmatch(name)
+        f"{name[:200]}: unexpected" for name in stored if name not in expected and not NO_WEIGHT.fullmatch(name)
     ]
-    for name in expected.keys() & found.keys():
-        if found[name].shape != expected[name]:
-            problems.append(f"{name}: expected {expected[name]}, got {found[name].shape}")
-        elif found[name].dtype != "float32":
-            problems.append(f"{name}: expected float32, got {found[name].dtype}")
+    for name in expected.keys() & stored.keys():
+        if stored[name].shape != expected[name]:
+            problems.append(f"{name}: expected {expected[name]}, got {stored[name].shape}")
+        elif stored[name].dtype != "float32":
+            problems.append(f"{name}: expected float32, got {stored[name].dtype}")
     return sorted(problems)

@@ -1,6 +1,6 @@
-"""The command line: parses, calls, prints.
+"""The command line ``tf-gpt2``: parses the arguments, calls the package, prints the results.
 
-Only results go to stdout. TensorFlow is imported where a command needs it, so that ``--help`` and ``encode`` answer at
+Only results go to stdout. Only commands that need TensorFlow import it, so that ``--help`` and ``encode`` answer at
 once.
 """
 
@@ -30,14 +30,14 @@ from tf_gpt2.runtime.memory import collect_seldom
 
 FAILURE, INTERRUPTED = 1, 130
 UNFORESEEN_LENGTH = 300
-"""Most characters shown of an error that is not in our own words."""
+"""Most characters shown of an error whose message is not the package's own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: those of the process when not given; the process is then this command's alone.
+        arguments: of the command; by default those of the process, which then runs only this command.
 
     Returns:
         The exit code: 0, 1 for a failure, 130 after Ctrl-C. Wrong usage exits with 2.
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has gone, as in "tf-gpt2 … | head -1"
+    except BrokenPipeError:  # the reader has ended, as in "tf-gpt2 … | head -1"
         discard_output()
         return 128 + signal.SIGPIPE
     except Exception as error:
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(error: Exception) -> str:
-    """Returns an error's message; one that was not foreseen is named and cut."""
+    """Returns an error's message; an unforeseen error also gets its type's name, and is cut."""
     if isinstance(error, (GPT2Error, ValueError, TypeError, OSError, ImportError)):
         return str(error)
     reason = " ".join(str(error).split())[:UNFORESEEN_LENGTH]
@@ -80,7 +80,7 @@ def describe(error: Exception) -> str:
 
 
 def discard_unwritten() -> None:
-    """Drops what standard output does not take, e.g. because the disk is full."""
+    """Drops output that standard output does not accept, e.g. because the disk is full."""
     try:
         flush_output()
     except OSError:
@@ -88,7 +88,7 @@ def discard_unwritten() -> None:
 
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
-    """Takes ``--top-k`` for ``--top_k``, up to a bare ``--``, behind which all is text."""
+    """Replaces ``--top-k`` by ``--top_k``, up to a bare ``--``, which only text follows."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [
         "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
@@ -99,7 +99,7 @@ def with_underscores(arguments: Sequence[str]) -> list[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Makes the parser; each command names the function that runs it."""
+    """Makes the parser; each command stores the function that runs it as ``run``."""
     parser = Parser(prog="tf-gpt2", description="GPT-2 in TensorFlow and Keras.")
     parser.add_argument("--version", action="version", version=f"tf-gpt2 {package_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -116,7 +116,5 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = add(commands)
         command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-        command.add_argument(
-            "--debug", action="store_true", help="show where an error comes from, and what the package logs"
-        )
+        command.add_argument("--debug", action="store_true", help="show an error's traceback, and the package's log")
     return parser

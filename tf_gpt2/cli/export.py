@@ -1,4 +1,4 @@
-"""The command ``export``. Parses, calls, prints; TensorFlow is imported when it runs."""
+"""The command ``export``, which writes a SavedModel. Imports TensorFlow only when it runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def add_export(commands: Commands) -> argparse.ArgumentParser:
     command = commands.add_parser(
         "export",
         help="write a SavedModel for TensorFlow Serving",
-        description="Writes DIR/VERSION, a SavedModel that takes text and gives text.",
+        description="Writes DIR/VERSION, a SavedModel that takes text and returns text.",
     )
     command.set_defaults(run=run_export)
-    command.add_argument("folder", metavar="DIR", help="where the versions of the model are")
+    command.add_argument("folder", metavar="DIR", help="folder of the model's versions")
     add_model_options(command)
-    command.add_argument("--version", type=positive, default=1, metavar="N", help="servers take the highest")
+    command.add_argument("--version", type=positive, default=1, metavar="N", help="servers load the highest")
     command.add_argument(
         "--max_new_tokens", type=positive, default=40, metavar="N", help="most new tokens, where a request does not say"
     )
@@ -35,15 +35,15 @@ def add_export(commands: Commands) -> argparse.ArgumentParser:
         "--warm_up",
         choices=("plain", "xla", "none"),
         default="plain",
-        help="signatures a server tries out first; xla fails in a server without XLA",
+        help="signatures that a server runs once while it loads; xla fails in a server without XLA",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace a version that is there")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing version")
     add_speed_options(command)
     return command
 
 
 def run_export(options: argparse.Namespace) -> None:
-    """Writes the folder, says on standard error what it does, and prints what it made."""
+    """Writes the folder; reports each step on standard error, and prints the folder and how to serve it."""
     model_folder = find_model(options)
     with open_terminal() as terminal, quiet_tensorflow(show_on_error=options.debug):
         from tf_gpt2.serving.export import export_saved_model, size_bytes

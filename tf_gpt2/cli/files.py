@@ -1,4 +1,4 @@
-"""The commands about files and ids: ``download``, ``encode``, ``decode``, ``info``. None imports TensorFlow."""
+"""The commands ``download``, ``encode``, ``decode`` and ``info``, which do without TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tf_gpt2.config import SIZES, GPT2Config
 def add_download(commands: Commands) -> argparse.ArgumentParser:
     """Adds ``download``."""
     command = commands.add_parser(
-        "download", help="fetch OpenAI's files", description="Fetches a model's seven files; goes on where it stopped."
+        "download", help="fetch OpenAI's files", description="Fetches a model's seven files; resumes a cut download."
     )
     command.set_defaults(run=run_download)
     command.add_argument("model_size", metavar="SIZE", nargs="?", default="124M", help=", ".join(SIZES))
@@ -43,12 +43,12 @@ def add_info(commands: Commands) -> argparse.ArgumentParser:
     """Adds ``info``."""
     command = commands.add_parser("info", help="sizes, parameters, memory", description="Prints a table of the models.")
     command.set_defaults(run=run_info)
-    command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="where the models' folders are")
+    command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="folder of the models' folders")
     return command
 
 
 def run_download(options: argparse.Namespace) -> None:
-    """Fetches the files and says where they are."""
+    """Fetches the files, and prints their folder."""
     from tf_gpt2.checkpoint.download import download_gpt2_files
 
     folder = Path(options.models_dir) / options.model_size

@@ -1,6 +1,6 @@
 """The commands that continue a text: ``generate``, and ``interactive``, a conversation in the terminal.
 
-Imports TensorFlow where it is needed, as ``cli`` does. Only the model's text goes to stdout.
+Imports TensorFlow only when a command runs. Only the model's text goes to stdout.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from tf_gpt2.text.conversation import Conversation
 
 Notify = Callable[[str], None]
-"""Tells the user something that is no text of the model's."""
+"""Shows a message to the user, apart from the model's text."""
 
 HELP = r"""Each line is added to the text, which the model then continues; an empty line only continues it.
 \n stands for a new line; begin with // for a text that begins with /.
 /undo    forget the last line and its continuation
-/reset   forget all
-/help    this
+/reset   forget the whole text
+/help    show this help
 Ctrl-C stops a continuation, and at the prompt ends the program, as Ctrl-D does."""
 
 
@@ -52,7 +52,7 @@ def add_generate(commands: Commands) -> argparse.ArgumentParser:
         "--overflow",
         choices=("error", "truncate", "slide"),
         default="error",
-        help="when the window is full: refuse or end; drop the prompt's beginning; forget the older half and go on",
+        help="when the window is full: refuse or end; drop the prompt's beginning; forget the older half and continue",
     )
     command.add_argument("--stream", action="store_true", help="print the text as it comes")
     command.add_argument(
@@ -116,7 +116,7 @@ def run_interactive(options: argparse.Namespace) -> None:
 
 
 def answer(conversation: Conversation, line: str, notify: Notify, **settings: Any) -> None:
-    """Does what a line asks for: a command, or a turn."""
+    """Runs the command in a line that starts with /, or else takes a turn with the line as text."""
     if line.startswith("/") and not line.startswith("//"):
         obey(conversation, line.strip(), notify)
         return

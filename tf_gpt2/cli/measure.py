@@ -1,6 +1,6 @@
-"""The commands that look at a given text: ``perplexity`` and ``explain``.
+"""The commands that measure a given text: ``perplexity`` and ``explain``.
 
-Imports TensorFlow where a command needs it, as ``cli`` does.
+Imports TensorFlow only when a command runs.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def add_explain(commands: Commands) -> argparse.ArgumentParser:
     """Adds ``explain``."""
     command = commands.add_parser(
         "explain",
-        help="a picture of what the model expected",
-        description="Shows how likely each token of TEXT was, what else was likely, and where attention went.",
+        help="a picture of the model's expectations",
+        description="Shows the probability of each token of TEXT, likelier tokens, and where attention went.",
     )
     command.set_defaults(run=run_explain)
     command.add_argument("text", metavar="TEXT", help="up to 255 tokens; - reads it from standard input")
     command.add_argument(
-        "--out", type=Path, required=True, metavar="PAGE", help="page.html, or picture.png; is replaced"
+        "--out", type=Path, required=True, metavar="PAGE", help="page.html or picture.png to write or replace"
     )
     add_model_options(command)
     add_speed_options(command)
@@ -69,7 +69,7 @@ def run_perplexity(options: argparse.Namespace) -> None:
     with (
         open_terminal() as terminal,
         quiet_tensorflow(show_on_error=options.debug),
-        progress_bar(terminal) as on_progress,  # the last, because tqdm starts a thread
+        progress_bar(terminal) as on_progress,  # last, because tqdm starts a thread, and quiet_tensorflow forks
     ):
         result = load_generator(folder, options).perplexity(
             text, stride=getattr(options, "stride", None), on_progress=on_progress
@@ -101,7 +101,7 @@ def progress_bar(terminal: Terminal) -> Iterator[Progress]:
 
 
 def as_lines(result: Perplexity) -> str:
-    """Writes a result for people."""
+    """Formats a result for people."""
     return (
         f"perplexity     {result.per_token:.6g} per token, {result.per_word:.6g} per word\n"
         f"bits per byte  {result.bits_per_byte:.4f}\n"
@@ -113,7 +113,7 @@ def as_lines(result: Perplexity) -> str:
 
 
 def as_json(result: Perplexity) -> str:
-    """Writes a result for a machine; null for what no number says."""
+    """Formats a result for a machine; infinity and NaN become null."""
     names = ("per_token", "per_word", "bits_per_byte")
     figures = {**dataclasses.asdict(result), **{name: getattr(result, name) for name in names}}
     return json.dumps({name: value if math.isfinite(value) else None for name, value in figures.items()}) + "\n"

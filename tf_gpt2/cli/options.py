@@ -1,4 +1,4 @@
-"""The options that commands share, and what they ask for.
+"""The options that commands share, and the loading of the model that they name.
 
 Imports no TensorFlow, so that ``--help`` answers at once.
 """
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from tf_gpt2.text.generator import TextGenerator
 
 SAMPLING_FLAGS = {
-    "min_p": (float, 0.0, "P", "draw from what is P times as likely as the likeliest; 0 for all"),
-    "typical_p": (float, 1.0, "P", "draw from the most typical of mass P"),
-    "repetition_penalty": (float, 1.0, "X", "above 1: less of what was said, prompt included"),
-    "presence_penalty": (float, 0.0, "X", "above 0: less of what the new text has"),
+    "min_p": (float, 0.0, "P", "draw from tokens at least P times as likely as the likeliest; 0 for all"),
+    "typical_p": (float, 1.0, "P", "draw from the most typical tokens of mass P"),
+    "repetition_penalty": (float, 1.0, "X", "above 1: tokens of the text so far, prompt included, get less likely"),
+    "presence_penalty": (float, 0.0, "X", "above 0: tokens that occur in the new text get less likely"),
     "frequency_penalty": (float, 0.0, "X", "above 0: tokens get less likely the more often they occur in the new text"),
-    "no_repeat_ngram_size": (int, 0, "N", "say no N tokens in a row twice; 0 allows all"),
+    "no_repeat_ngram_size": (int, 0, "N", "repeat no N tokens in a row; 0 allows all"),
     "min_new_tokens": (int, 0, "N", "fewest new tokens"),
 }
-"""Type, default, name of the value and help of options that go to ``generate`` as they are."""
+"""Type, default, name of the value and help of the options that ``generate`` takes under the same name."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are safe to show, and whose help is output like any other."""
+    """A parser that prints its errors safely, and its help like any other output."""
 
     def error(self, message: str) -> NoReturn:
         """Exits with 2; the message may quote arguments of any content and length."""
         super().error(printable(" ".join(message.split())))
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Prints help; ``argparse`` itself ignores that standard output does not take it."""
+        """Prints help; unlike ``argparse``, fails when standard output does not accept it."""
         if file is sys.stdout:
             write(message)
         else:
@@ -44,25 +44,29 @@ class Parser(argparse.ArgumentParser):
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-"""What commands are added to; ``argparse`` has no public name for it."""
+"""The object that commands are added to; ``argparse`` has no public name for its type."""
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
-    """Adds what says which model is meant."""
+    """Adds the options that name the model."""
     command.add_argument(
         "--model_size", default="124M", metavar="SIZE", help=f"{', '.join(SIZES)}, tiny (embedded), or a folder's name"
     )
-    command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="where the models' folders are")
+    command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="folder of the models' folders")
 
 
 def add_generation_options(command: argparse.ArgumentParser) -> None:
-    """Adds what decides how a text goes on, and where it ends."""
+    """Adds the options that decide how a text continues, and where it ends."""
     command.add_argument(
         "--n_tokens_to_generate", "--max_new_tokens", type=natural, default=40, metavar="N", help="most new tokens"
     )
-    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token")
-    command.add_argument("--top_k", type=natural, default=0, metavar="K", help="draw from the K likeliest; 0 for all")
-    command.add_argument("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest of mass P")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 chooses the likeliest token")
+    command.add_argument(
+        "--top_k", type=natural, default=0, metavar="K", help="draw from the K likeliest tokens; 0 for all"
+    )
+    command.add_argument(
+        "--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of mass P"
+    )
     for name, (kind, default, value, text) in SAMPLING_FLAGS.items():
         command.add_argument(f"--{name}", type=kind, default=default, metavar=value, help=text)
     command.add_argument("--seed", type=natural, default=0, metavar="S", help="the same seed gives the same text")
@@ -72,14 +76,14 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
 
 
 def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what ``add_generation_options`` has read, apart from the seed, as ``TextGenerator.generate`` takes it."""
+    """Returns the values of ``add_generation_options``, but for the seed, as ``TextGenerator.generate`` takes them."""
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", *SAMPLING_FLAGS)}
     stops = [text.replace(r"\n", "\n") for text in options.stop]
     return {**settings, "max_new_tokens": options.n_tokens_to_generate, "stop": stops}
 
 
 def add_speed_options(command: argparse.ArgumentParser) -> None:
-    """Adds what decides how fast a model runs."""
+    """Adds the options that decide how fast a model runs."""
     command.set_defaults(computes=True)
     command.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the weights")
     command.add_argument("--threads", type=positive, metavar="N", help="cores to compute on; all by default")
@@ -109,17 +113,17 @@ def load_generator(folder: Path, options: argparse.Namespace) -> TextGenerator:
 
 
 def natural(text: str) -> int:
-    """Reads an integer from 0 on."""
+    """Reads an integer of at least 0."""
     return bounded_int(text, 0)
 
 
 def positive(text: str) -> int:
-    """Reads an integer from 1 on."""
+    """Reads an integer of at least 1."""
     return bounded_int(text, 1)
 
 
 def bounded_int(text: str, least: int) -> int:
-    """Reads an integer from ``least`` on."""
+    """Reads an integer of at least ``least``."""
     try:
         value = int(text)
     except ValueError:

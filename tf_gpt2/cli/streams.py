@@ -1,6 +1,6 @@
-"""What the commands read from and write to: standard streams, messages, a quiet TensorFlow.
+"""Reads and writes the standard streams, prints messages safely, and keeps TensorFlow quiet.
 
-Imports no TensorFlow. Only results go to stdout; whatever else people see goes through ``printable``.
+Imports no TensorFlow. Only results go to stdout; all other output for people goes through ``printable``.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from typing import TextIO
 
 BYTE_ORDER_MARK = "\ufeff"
 MESSAGE_START, MESSAGE_END = 700, 300
-"""Characters shown of a longer message's start and end: a bad argument may have millions."""
+"""Characters shown of a long message's start and end: it may quote an argument of millions of characters."""
 FATAL_LINES = 20
-"""Most lines shown of what TensorFlow wrote before it ended the process."""
+"""Most lines shown of TensorFlow's output before it ended the process."""
 LOG_LINE = re.compile(r"[IWE]\d{4} |\d{4}-\d\d-\d\d [\d:.]+: [IWE] |WARNING: All log messages before absl")
-"""A line of TensorFlow's log that is no reason to end a process."""
+"""Matches lines of TensorFlow's log that do not explain the end of the process."""
 
 
 def open_closed_streams() -> None:
     """Opens the standard streams that the caller has closed, as with ``2>&-``.
 
-    Otherwise the next file that is opened takes the stream's number, and TensorFlow's C++ writes its notes to number 2
-    whatever it is. Reading or writing what was closed is still an error, but for messages, which are dropped. Source:
-    gnulib, ``stdopen.c``.
+    Otherwise the next opened file takes the stream's number, and TensorFlow's C++ writes its log to number 2, whatever
+    file that is. Reading or writing a closed stream is still an error, but for messages, which are dropped.
+
+    Source: gnulib, ``stdopen.c``.
     """
     for number, mode in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, mode)  # takes the lowest number that is free: this one
+            os.open(os.devnull, mode)  # takes the lowest free number, which is this one
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stdout is None:
@@ -47,19 +48,19 @@ def open_closed_streams() -> None:
 
 
 def read_argument(text: str) -> str:
-    """Returns the argument, or standard input in place of ``-``: UTF-8 whatever the locale says."""
+    """Returns the argument, or standard input for ``-``, read as UTF-8 in any locale."""
     return read_stdin().decode("utf-8", "replace").removeprefix(BYTE_ORDER_MARK) if text == "-" else text
 
 
 def read_utf8(name: str) -> str:
-    """Reads a file, or standard input for ``-``; refuses what is not UTF-8 rather than measure replacements."""
+    """Reads a file, or standard input for ``-``; fails on bytes that are not UTF-8, rather than replace them."""
     content = read_stdin() if name == "-" else Path(name).read_bytes()
     try:
         return content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"FILE must be text in UTF-8, and {name} has the byte 0x{content[error.start]:02x} at {error.start}, which "
-            f"is none; convert it, as with iconv -t UTF-8"
+            f"is not UTF-8; convert it, as with iconv -t UTF-8"
         ) from None
 
 
@@ -70,10 +71,10 @@ def read_stdin() -> bytes:
 
 
 def read_lines() -> Iterator[str]:
-    """Yields the lines of standard input without their ends; asks for them in a terminal."""
+    """Yields the lines of standard input without their line ends; shows a prompt in a terminal."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with contextlib.suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401  # gives ``input`` a memory and its arrow keys
+            import readline  # noqa: F401  # adds history and arrow keys to ``input``
         with contextlib.suppress(EOFError):
             while True:
                 yield input("> ")
@@ -90,7 +91,7 @@ def read_lines() -> Iterator[str]:
 
 
 def write(text: str) -> None:
-    """Writes to stdout as UTF-8 whatever the locale says: a completion may hold any character."""
+    """Writes to stdout as UTF-8 in any locale, because a completion may hold any character."""
     with named_errors("cannot write to standard output"):
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode("utf-8", "replace"))
@@ -98,7 +99,7 @@ def write(text: str) -> None:
 
 
 def write_names(text: str) -> None:
-    """Writes to stdout what holds names of files: as they are for a program, printable for a terminal."""
+    """Writes text with names of files to stdout: unchanged for a program, printable for a terminal."""
     if sys.stdout.isatty():
         text = printable_lines(text)
     with named_errors("cannot write to standard output"):
@@ -108,38 +109,38 @@ def write_names(text: str) -> None:
 
 
 def flush_output() -> None:
-    """Writes out what others, e.g. ``argparse``, have printed."""
+    """Writes out the buffered output of others, e.g. of ``argparse``."""
     with named_errors("cannot write to standard output"):
         sys.stdout.flush()
 
 
 def discard_output() -> None:
-    """Drops what could not be written, so that Python does not try once more, and complain, at exit."""
+    """Drops output that could not be written, so that Python does not try again, and complain, at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextlib.contextmanager
-def named_errors(what: str) -> Iterator[None]:
-    """Has errors of the system say what could not be done; a reader that has gone stays a ``BrokenPipeError``."""
+def named_errors(failure: str) -> Iterator[None]:
+    """Puts ``failure`` before the message of an OSError; passes on a ``BrokenPipeError``: the reader has ended."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"{what}: {error.strerror}") from error
+        raise OSError(f"{failure}: {error.strerror}") from error
 
 
 # ---- messages
 
 
 def printable(text: str) -> str:
-    """Makes a message safe to show: a terminal obeys what stands behind an ESC, and shows the rest in another order.
+    """Makes a message safe to show: a terminal obeys escape sequences, and some characters reorder the text.
 
     Args:
         text: the message, which may quote names, addresses and arguments of any content and length.
 
     Returns:
-        The text with escapes in place of all that is not printable, except newlines and tabs; cut in the middle.
+        The text, cut in the middle, with escapes for unprintable characters except newlines and tabs.
     """
     if len(text) > MESSAGE_START + MESSAGE_END:
         n_left_out = len(text) - MESSAGE_START - MESSAGE_END
@@ -153,50 +154,50 @@ def printable_lines(text: str) -> str:
 
 
 def complain(message: str) -> None:
-    """Prints one line on standard error; there may be nobody to read it."""
+    """Prints one line on standard error; ignores that it cannot be written."""
     with contextlib.suppress(OSError):
         print(f"tf-gpt2: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def complain_with_stack() -> None:
-    """Prints the exception that is being handled, and where it comes from."""
+    """Prints the current exception with its traceback."""
     with contextlib.suppress(OSError):
         print(printable_lines(traceback.format_exc().rstrip()), file=sys.stderr, flush=True)
 
 
 class Terminal:
-    """Standard error as it was before TensorFlow's notes were kept from it.
+    """Standard error as it was before ``quiet_tensorflow`` redirected it.
 
     Args:
-        file: where it goes.
+        file: the file to print to.
     """
 
     def __init__(self, file: TextIO):
         self.file = file
 
     def tell(self, text: str) -> None:
-        """Prints what is neither a result nor an error."""
+        """Prints a message that is neither a result nor an error."""
         print(printable(text), file=self.file, flush=True)
 
 
 @contextlib.contextmanager
 def open_terminal() -> Iterator[Terminal]:
-    """Opens standard error for what people shall see also while it is kept from TensorFlow."""
+    """Opens standard error for messages that people see even inside ``quiet_tensorflow``."""
     with os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace") as file:
         yield Terminal(file)
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats records of the log safely."""
+    """Formats log records so that they are safe to show."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the line, or the lines with a stack."""
+        """Returns the record's line, with those of its traceback if it has one."""
         return printable_lines(super().format(record))
 
 
 @contextlib.contextmanager
 def shown_log(*, is_wanted: bool) -> Iterator[None]:
-    """Shows what the package logs, from DEBUG on."""
+    """Shows the package's log on standard error, from level DEBUG on, if wanted."""
     if not is_wanted:
         yield
         return
@@ -214,15 +215,15 @@ def shown_log(*, is_wanted: bool) -> Iterator[None]:
             logger.removeHandler(handler)
 
 
-# ---- TensorFlow's notes
+# ---- TensorFlow's log
 
 
 @contextlib.contextmanager
 def quiet_tensorflow(*, show_on_error: bool) -> Iterator[None]:
-    """Keeps TensorFlow's start-up notes from the terminal; may show them when something fails.
+    """Keeps TensorFlow's log from the terminal; with ``show_on_error``, shows it after an exception.
 
-    They are written by C++ straight to file descriptor 2, and not all heed ``TF_CPP_MIN_LOG_LEVEL``. When C++ ends the
-    process, which no ``except`` sees, its last words are shown by ``last_words``.
+    C++ writes it straight to file descriptor 2, and some of it in spite of ``TF_CPP_MIN_LOG_LEVEL``. When C++ ends the
+    process, which no ``except`` notices, ``last_words`` shows the end of the log.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
@@ -243,14 +244,14 @@ def quiet_tensorflow(*, show_on_error: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def last_words(notes: int, terminal: int) -> Iterator[None]:
-    """Has a second process show the end of the notes, should this one end inside, e.g. by ``abort()``.
+    """Starts a second process that shows the end of the log if this process ends inside, e.g. by ``abort()``.
 
-    It waits at a pipe, whose other end the system closes with the process. It is made by ``fork``, so only before
-    TensorFlow has made threads: in a program that has imported TensorFlow before, nothing is shown.
+    The second process waits at a pipe, whose other end the system closes when this process ends. It is forked, which is
+    safe only before TensorFlow starts threads: a program that has imported TensorFlow before gets none.
 
     Args:
-        notes: file descriptor of what C++ has written.
-        terminal: file descriptor to show it on.
+        notes: file descriptor of the log that C++ writes.
+        terminal: file descriptor to show its end on.
     """
     if not hasattr(os, "fork") or "tensorflow" in sys.modules or threading.active_count() > 1:
         yield
@@ -258,7 +259,7 @@ def last_words(notes: int, terminal: int) -> Iterator[None]:
     pipe, alive = os.pipe()
     watcher = os.fork()
     if watcher == 0:
-        os.setsid()  # Ctrl-C is not for it
+        os.setsid()  # so that Ctrl-C does not end it
         os.close(alive)
         if not os.read(pipe, 1):
             os.write(terminal, fatal_lines(read_notes(notes)).encode("utf-8", "replace"))
@@ -273,11 +274,11 @@ def last_words(notes: int, terminal: int) -> Iterator[None]:
 
 
 def fatal_lines(notes: str) -> str:
-    """Returns the last lines that are more than notes, safe to show; nothing where there are none, as after a kill."""
+    """Returns the last lines that may explain the end, safe to show; "" where there are none, as after a kill."""
     lines = [printable(line) for line in notes.splitlines() if line.strip() and not LOG_LINE.match(line)]
     return "".join(f"{line}\n" for line in ["tf-gpt2: TensorFlow ended the process:", *lines[-FATAL_LINES:]] if lines)
 
 
 def read_notes(notes: int) -> str:
-    """Reads what C++ has written."""
+    """Reads the log that C++ has written."""
     return os.pread(notes, os.fstat(notes).st_size, 0).decode("utf-8", "replace")

@@ -1,1 +1,1 @@
-"""A picture of what the model expected: how likely each token of a text was, what else, and where attention went."""
+"""Shows a model's view of a text: each token's probability, the likelier ones, and where attention went."""

@@ -1,4 +1,4 @@
-"""The numbers behind the picture: each token's probability and rank, what was likelier, every head's attention.
+"""Computes the numbers of an explanation: each token's probability and rank, likelier tokens, every head's attention.
 
 Knows nothing of HTML or of images.
 """
@@ -20,20 +20,20 @@ from tf_gpt2.text.options import check_text
 from tf_gpt2.tokenizer.encoder import Encoder
 
 MAX_TOKENS = 256
-"""Of a text: attention grows with the square, and nobody looks at a larger picture."""
+"""Most tokens of a text: attention grows with their square, and a larger picture is hard to read."""
 
 N_ALTERNATIVES = 5
 
 PALETTE = ("#f5a873", "#fbd9b6", "#f3f1ec", "#cfe0f1", "#97c1e8")
-"""From improbable to probable; apart for the colour-blind too, and all so light that black text is legible."""
+"""From improbable to probable: distinct for the colour-blind, too, and light enough for black text."""
 
 LEAST_PROBABILITY = 1e-4
-"""Where the palette begins; it is logarithmic and ends at 1."""
+"""The probability at the palette's first colour; the scale is logarithmic and ends at 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A token that might have come.
+    """A token that the model might have chosen.
 
     Attributes:
         label: its text, as ``visible`` shows it.
@@ -54,8 +54,9 @@ class ExplainedToken:
         label: its text, as ``visible`` shows it.
         id: its id.
         probability: given the tokens before; None for the first of all.
-        rank: its place among all tokens, 1 for the likeliest, of equals the lower id first; None for the first of all.
-        likeliest: the likeliest tokens at its place, it may be among them.
+        rank: its place among all tokens, 1 for the likeliest, of equal ones the lower id first; None for the first of
+            all.
+        likeliest: the likeliest tokens at its place, itself possibly among them.
     """
 
     label: str
@@ -66,18 +67,18 @@ class ExplainedToken:
 
     @property
     def colour(self) -> str:
-        """The background for its probability; white for none."""
+        """The background for its probability; white for the first token, which has none."""
         return "#ffffff" if self.probability is None else colour_of(self.probability)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """A text, as a model read it.
+    """A text and the model's expectations at each token.
 
     Attributes:
         config: of the model.
-        tokens: T of them, the first without a probability: ``<|endoftext|>``, or, in a vocabulary without it, the
-            first of the text.
+        tokens: the T tokens; the first has no probability: it is ``<|endoftext|>``, or, in a vocabulary without that,
+            the text's first.
         attention: float32 (L, H, T, S), how much each token looks at each.
     """
 
@@ -87,7 +88,7 @@ class Explanation:
 
 
 def explain(generator: TextGenerator, text: str) -> Explanation:
-    """Reads a text, and notes what the model expected at each token.
+    """Computes the model's expectations at each token of a text.
 
     Args:
         generator: model and vocabulary.
@@ -116,19 +117,19 @@ def explain(generator: TextGenerator, text: str) -> Explanation:
     logits, attention = logits_and_attention(generator.model, tf.constant([ids], tf.int32))
     logprobs = tf.nn.log_softmax(logits).numpy()  # (T, V)
     first = ExplainedToken(visible(encoder.decode_bytes(ids[:1])), ids[0], None, None, ())
-    others = [explain_token(encoder, ids[i], logprobs[i - 1]) for i in range(1, len(ids))]
-    return Explanation(config=config, tokens=[first, *others], attention=attention)
+    later_tokens = [explain_token(encoder, ids[i], logprobs[i - 1]) for i in range(1, len(ids))]
+    return Explanation(config=config, tokens=[first, *later_tokens], attention=attention)
 
 
 def explain_token(encoder: Encoder, token_id: int, logprobs: np.ndarray) -> ExplainedToken:
-    """Places one token among all that might have come, (V,)."""
-    own = logprobs[token_id]
-    n_before = np.count_nonzero(logprobs > own) + np.count_nonzero(logprobs[:token_id] == own)
+    """Ranks one token among all, given their log-probabilities, (V,)."""
+    logprob = logprobs[token_id]
+    n_before = np.count_nonzero(logprobs > logprob) + np.count_nonzero(logprobs[:token_id] == logprob)
     likeliest = np.argsort(-logprobs, kind="stable")[:N_ALTERNATIVES].tolist()
     return ExplainedToken(
         label=visible(encoder.decode_bytes([token_id])),
         id=token_id,
-        probability=probability_of(own),
+        probability=probability_of(logprob),
         rank=1 + int(n_before),
         likeliest=tuple(
             Candidate(visible(encoder.decode_bytes([i])), i, probability_of(logprobs[i])) for i in likeliest
@@ -142,16 +143,16 @@ def probability_of(logprob: float) -> float:
 
 
 def visible(token: bytes) -> str:
-    r"""Shows a token's text: what has no shape, or is half a character, as an escape such as ``\x00`` or ``\u202e``.
+    r"""Returns a token's text; characters without a shape, and halves of one, as escapes such as ``\x00``, ``\u202e``.
 
-    Blank, tab and line feed stay: what shows them knows best how.
+    Blank, tab and line feed stay: the page and the picture each show them in their own way.
     """
     text = token.decode("utf-8", "backslashreplace")
     return "".join(char if has_shape(char) or char in " \t\n" else escape(char) for char in text)
 
 
 def has_shape(char: str) -> bool:
-    """Says whether a character draws something of its own: no control, format, private, unassigned or blank one."""
+    """Whether a character has a shape: it is not a control, format, private, unassigned or blank character."""
     return unicodedata.category(char)[0] not in "CZ"
 
 
@@ -161,7 +162,7 @@ def escape(char: str) -> str:
 
 
 def colour_of(probability: float) -> str:
-    """Finds a probability's place in the palette."""
+    """Returns the palette's colour for a probability, as in "#f5a873"."""
     place = 1 - math.log(max(probability, LEAST_PROBABILITY)) / math.log(LEAST_PROBABILITY)
     lower, part = divmod(place * (len(PALETTE) - 1), 1)
     pair = PALETTE[int(lower)], PALETTE[min(int(lower) + 1, len(PALETTE) - 1)]

@@ -1,4 +1,4 @@
-"""Writes an explanation to a file, whole or not at all."""
+"""Writes an explanation to a file as a page or a picture, whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ENDINGS = (".html", ".htm", ".png")
 
 
 def write_explanation(explanation: Explanation, out: str | Path) -> None:
-    """Writes a page or a picture, and replaces a file of that name.
+    """Writes a page or a picture; replaces a file of that name.
 
     Args:
-        explanation: what to show.
+        explanation: the explanation to show.
         out: ends in ``.html`` or ``.htm`` for a page, in ``.png`` for a picture.
 
     Raises:
@@ -26,7 +26,7 @@ def write_explanation(explanation: Explanation, out: str | Path) -> None:
     path = check_out(out)
     is_picture = path.suffix.lower() == ".png"
     content = render_picture(explanation) if is_picture else render_page(explanation).encode()
-    # beside the file, as only within one file system is a move at once
+    # beside the file, because a move is atomic only within one file system
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as staging:
         part = Path(staging) / path.name
         part.write_bytes(content)
@@ -34,12 +34,12 @@ def write_explanation(explanation: Explanation, out: str | Path) -> None:
 
 
 def check_out(out: str | Path) -> Path:
-    """Checks the name before any work is done for it."""
+    """Checks the name of the file to write, before the work starts; returns it as a path."""
     path = Path(out)
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"out must end in {', '.join(ENDINGS)}, got {str(path)!r}")
     if not path.parent.is_dir():
-        raise ValueError(f"out must be in a folder that exists, and {path.parent} is none; make it first")
+        raise ValueError(f"out must be in a folder that exists, and {path.parent} is not one; make it first")
     if path.is_dir():
         raise ValueError(f"out must be a file, and {path} is a folder")
     return path

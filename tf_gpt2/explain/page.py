@@ -1,7 +1,7 @@
-"""An explanation as one HTML file that needs no network.
+"""Renders an explanation as one HTML file that needs no network.
 
-The page's script and style are the files beside this one. A content security policy allows this script and nothing
-else, so that no text, whatever it holds, can run or fetch anything.
+The page's script and style are the files beside this one. A content security policy allows only this script, so that no
+text on the page can run or fetch anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tf_gpt2.explain.explanation import LEAST_PROBABILITY, PALETTE, ExplainedTok
 
 
 def render_page(explanation: Explanation) -> str:
-    """Writes the page."""
+    """Returns the page as HTML."""
     script = read("page.js")
     parts = {
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
@@ -28,7 +28,7 @@ def render_page(explanation: Explanation) -> str:
         "script": script,
         "data": json_in_html(data_of(explanation)),
     }
-    # in one go, so that a part may hold what looks like a place for another
+    # in one pass, so that a part may contain the placeholder of another
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read("page.html"))
 
 
@@ -38,13 +38,13 @@ def read(name: str) -> str:
 
 
 def json_in_html(data: Any) -> str:
-    """Writes JSON that may stand inside an element: nothing in it can end that, or begin another."""
+    """Writes JSON that is safe inside an HTML element: it cannot end the element, or begin another."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # pure ASCII
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def data_of(explanation: Explanation) -> dict[str, Any]:
-    """Gathers what the script needs."""
+    """Collects the data for the page's script."""
     n_layer, n_head, n_tokens, _ = explanation.attention.shape
     return {
         "model": explanation.config.to_hparams(),
@@ -61,7 +61,7 @@ def data_of(explanation: Explanation) -> dict[str, Any]:
 
 
 def token_data(token: ExplainedToken) -> dict[str, Any]:
-    """Gathers what the script needs of one token."""
+    """Collects one token's data for the page's script."""
     return {
         "label": token.label,
         "id": token.id,
@@ -73,7 +73,7 @@ def token_data(token: ExplainedToken) -> dict[str, Any]:
 
 
 def pack_attention(attention: np.ndarray) -> str:
-    """Packs weights into base64: a byte each, 255 for 1; lower triangles only, row by row; deflated.
+    """Packs attention weights into deflated base64: a byte each, 255 for 1; only the lower triangles, row by row.
 
     Args:
         attention: floats (L, H, T, S) in [0, 1].

@@ -1,4 +1,4 @@
-"""An explanation as a PNG picture: the text, each token on the colour of its probability, its rank below.
+"""Draws an explanation as a PNG picture: the text, each token on the colour of its probability, its rank below.
 
 Needs matplotlib, from the extra ``explain``.
 """
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from tf_gpt2.explain.explanation import LEAST_PROBABILITY, ExplainedToken, Explanation, colour_of, escape
 
 FONT = "DejaVu Sans Mono"
-"""Comes with matplotlib."""
+"""The font of the text; matplotlib contains it."""
 
 POINTS, RANK_POINTS = 11.0, 6.5
 CHAR_WIDTH, LINE_HEIGHT = 0.0922, 0.46
-"""In inches: of a character of ``FONT`` at ``POINTS``, and from line to line."""
+"""In inches: the width of a character of ``FONT`` at ``POINTS``, and the distance of lines."""
 
 MARGIN = 0.3
 COLUMNS = 88
@@ -29,10 +29,10 @@ class Placed(NamedTuple):
 
     Attributes:
         token: the token.
-        label: its text, as it is drawn.
+        label: its drawn text.
         line: counted from 0.
         column: of its first character.
-        width: in characters: of its label or its rank, whichever is wider.
+        width: in characters, that of its label or its rank, whichever is wider.
     """
 
     token: ExplainedToken
@@ -43,7 +43,7 @@ class Placed(NamedTuple):
 
 
 def render_picture(explanation: Explanation) -> bytes:
-    """Draws the picture.
+    """Returns the picture as PNG.
 
     Raises:
         ImportError: when matplotlib is not installed.
@@ -56,8 +56,8 @@ def render_picture(explanation: Explanation) -> bytes:
         raise ImportError(
             "a picture needs matplotlib: pip install 'tf_gpt2[explain]', or write an .html page"
         ) from error
-    known = font_manager.get_font(font_manager.findfont(FONT)).get_charmap().keys()
-    places = list(arrange(explanation.tokens, [drawable(token.label, known) for token in explanation.tokens]))
+    font_chars = font_manager.get_font(font_manager.findfont(FONT)).get_charmap().keys()
+    places = list(arrange(explanation.tokens, [drawable(token.label, font_chars) for token in explanation.tokens]))
     columns = max(COLUMNS, *(place.column + place.width for place in places))
     size = columns * CHAR_WIDTH + 2 * MARGIN, (places[-1].line + 2) * LINE_HEIGHT + 2 * MARGIN
     figure = Figure(figsize=size, facecolor="white")
@@ -73,10 +73,10 @@ def render_picture(explanation: Explanation) -> bytes:
     return out.getvalue()
 
 
-def drawable(label: str, known: Any) -> str:
-    """Shows blanks by signs, and what the font lacks by escapes."""
+def drawable(label: str, font_chars: Any) -> str:
+    """Replaces blanks by signs, and characters that the font lacks by escapes."""
     signs = label.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
-    return "".join(char if ord(char) in known else escape(char) for char in signs)
+    return "".join(char if ord(char) in font_chars else escape(char) for char in signs)
 
 
 def arrange(tokens: Sequence[ExplainedToken], labels: Sequence[str]) -> Iterator[Placed]:
@@ -123,5 +123,5 @@ def rectangle(corner: tuple[float, float], width: float, height: float, colour: 
 
 
 def write(axes: Any, x: float, y: float, text: str, points: float, colour: str) -> None:
-    """Writes text as it is: a dollar sign starts no formula."""
+    """Writes text literally: a dollar sign does not start a formula."""
     axes.text(x, y, text, family=FONT, fontsize=points, color=colour, va="center_baseline", parse_math=False)

@@ -1,4 +1,4 @@
-"""Token ids -> logits: the Keras layers and the model. Knows nothing of text."""
+"""GPT-2 from token ids to logits: formulas, Keras layers and the model. Knows nothing of text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ OTHER_BACKENDS = ("jax", "torch", "openvino")
 
 
 def require_tensorflow_backend() -> None:
-    """Imports Keras, and checks what it computes with.
+    """Imports Keras, and checks its backend.
 
     Raises:
-        ImportError: when that is not TensorFlow.
+        ImportError: when the backend is not TensorFlow.
     """
     try:
         import keras

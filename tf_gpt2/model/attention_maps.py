@@ -1,6 +1,6 @@
-"""Ids -> logits and the attention weights of every head: for pictures, not for speed.
+"""Computes the logits and every head's attention weights of one row: for pictures, not for speed.
 
-The layers keep nothing of what they compute, so the weights are computed once more from each block's input.
+The layers do not return their attention weights, so these are computed once more from each block's input.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def logits_and_attention(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, n
         ids: integers (1, T).
 
     Returns:
-        Logits, float32 (T, V); attention weights, float32 (L, H, T, S) with S = T, rows of sum 1.
+        Logits, float32 (T, V); attention weights, float32 (L, H, T, S) with S = T, each row of sum 1.
 
     Raises:
         ContextLengthError: when T exceeds ``n_ctx``.
@@ -38,6 +38,6 @@ def logits_and_attention(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, n
 
 
 def weights_of(attn: CausalSelfAttention, x: tf.Tensor) -> np.ndarray:
-    """Gives one layer's attention weights: floats (1, T, C) -> float32 (H, T, S)."""
+    """Computes one layer's attention weights: floats (1, T, C) -> float32 (H, T, S)."""
     q, k, _ = (formulas.split_heads(x, attn.n_head, plain) for x in tf.split(attn.c_attn(x), 3, axis=-1))  # (H, T, D)
     return plain.attention_weights(q, k, formulas.causal_mask(x.shape[1])).numpy()

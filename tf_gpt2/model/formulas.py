@@ -1,8 +1,8 @@
 """GPT-2 as functions of its weights: token ids -> logits.
 
 Axis letters: B batch, T query positions, S key positions, C width, H heads, D head width, F MLP width, V vocabulary,
-L layers, N = B*H. ``weights`` is the parameter tree under OpenAI's names, whose matrices are of the types in
-``weights``; ``ops`` is a module of ``arithmetic``, which decides how each operation is computed.
+L layers, N = B*H. ``weights`` is the parameter tree under OpenAI's names, whose matrices have the types of
+``model/weights.py``; ``ops`` is a module of ``model/arithmetic``, which decides how each operation is computed.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2, ``src/model.py``.
 """
@@ -25,7 +25,7 @@ Weights = Any
 
 
 class KeyValues(NamedTuple):
-    """What one block's attention computed for earlier positions, or has room for.
+    """The keys and values of one block's attention, of earlier positions or with room for later ones.
 
     Attributes:
         keys: floats (N, S, D).
@@ -37,13 +37,13 @@ class KeyValues(NamedTuple):
 
 
 class Past(NamedTuple):
-    """One block's cache, and where new keys and values go in it.
+    """One block's cache, and the places of new keys and values in it.
 
     Attributes:
         keys: floats (N, S, D).
         values: floats (N, S, D).
-        places: what ``ops.places`` returned; the same for all blocks.
-        mask: bool (N, T, S), what each new position may see; the same for all blocks.
+        places: returned by ``ops.places``; the same for all blocks.
+        mask: bool (N, T, S), which keys each new position may see; the same for all blocks.
     """
 
     keys: tf.Tensor
@@ -72,14 +72,14 @@ def hidden_states(
         ids: integers (B, T).
         weights: the whole tree.
         n_head: H.
-        dtype: to compute in.
+        dtype: the compute dtype.
         ops: the arithmetic.
         positions: int32 (B, T), the place of each id in its sequence; 0, 1, … by default.
         past: a cache per block, for ids that follow earlier ones.
 
     Returns:
-        What comes before the logits, (B, T, C); and each block's keys and values: those of ``ids``, (N, T, D), or the
-        whole cache with them.
+        The hidden states that the logits are computed from, (B, T, C); and each block's keys and values: those of
+        ``ids``, (N, T, D), or the whole cache with them.
     """
     if positions is None:
         positions = tf.range(shape_of(ids)[1])[None]  # (1, T)
@@ -120,7 +120,7 @@ def block(x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: Ops)
 
 
 def attention(x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: Ops) -> tuple[tf.Tensor, KeyValues]:
-    """Lets each position see itself and what came before: (B, T, C) -> (B, T, C)."""
+    """Lets each position see itself and earlier ones: (B, T, C) -> (B, T, C)."""
     qkv = linear(x, w["c_attn"], ops=ops)  # (B, T, 3C)
     extend = None if past is None else functools.partial(write_behind, past, ops)
     out, key_values = attend(qkv, n_head=n_head, ops=ops, extend=extend)
@@ -129,7 +129,7 @@ def attention(x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: 
 
 def write_behind(past: Past, ops: Ops, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Writes new keys and values, (N, T, D), into a cache; returns the whole of it, and the mask."""
-    # written first and attended to after: the other order makes XLA copy the cache at each step
+    # Write first, then attend: in the other order XLA copies the cache at each step.
     return ops.write(past.keys, k, past.places), ops.write(past.values, v, past.places), past.mask
 
 
@@ -141,17 +141,17 @@ def attend(
     extend: Extend | None = None,
     drop: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
 ) -> tuple[tf.Tensor, KeyValues]:
-    """Sums values by how much each query looks at each key.
+    """Sums the values, weighted by how much each query looks at each key.
 
     Args:
         qkv: floats (B, T, 3C): queries, keys, values.
         n_head: H.
         ops: the arithmetic.
-        extend: puts keys and values behind earlier ones; by default there are none.
-        drop: changes the attention weights: dropout.
+        extend: puts keys and values behind earlier ones; by default there are no earlier ones.
+        drop: applies dropout to the attention weights; by default returns them as they are.
 
     Returns:
-        Floats (B, T, C), and the keys and values that were attended to.
+        Floats (B, T, C); and all keys and values, the earlier ones included.
     """
     q, k, v = (split_heads(part, n_head, ops) for part in tf.split(qkv, 3, axis=-1))  # each (N, T, D)
     k, v, mask = extend(k, v) if extend else (k, v, causal_mask(shape_of(qkv)[1]))
@@ -166,17 +166,17 @@ def causal_mask(n_positions: int | tf.Tensor) -> tf.Tensor:
 
 
 def split_heads(x: tf.Tensor, n_head: int, ops: Ops) -> tf.Tensor:
-    """Takes (B, T, C) to (N, T, D): three axes, because XLA updates a cache of three in place."""
+    """Reshapes (B, T, C) to (N, T, D); three axes, because XLA updates a cache of three axes in place."""
     n_positions, head_width = shape_of(x)[1], x.shape[-1] // n_head
     x = tf.reshape(x, (-1, n_positions, n_head, head_width))  # (B, T, H, D)
-    return tf.reshape(ops.swap_middle(x), (-1, n_positions, head_width))  # (N, T, D)
+    return tf.reshape(ops.transpose_heads(x), (-1, n_positions, head_width))  # (N, T, D)
 
 
 def merge_heads(x: tf.Tensor, n_head: int, ops: Ops) -> tf.Tensor:
-    """Takes (N, T, D) back to (B, T, C)."""
+    """Reshapes (N, T, D) back to (B, T, C)."""
     n_positions, head_width = shape_of(x)[1], x.shape[-1]
     x = tf.reshape(x, (-1, n_head, n_positions, head_width))  # (B, H, T, D)
-    return tf.reshape(ops.swap_middle(x), (-1, n_positions, n_head * head_width))  # (B, T, C)
+    return tf.reshape(ops.transpose_heads(x), (-1, n_positions, n_head * head_width))  # (B, T, C)
 
 
 def mlp(x: tf.Tensor, w: Weights, *, ops: Ops) -> tf.Tensor:

@@ -32,9 +32,9 @@ class GPT2Model(ParamTree, keras.Model):
         config: the hyperparameters.
         dropout: rate after the embeddings and inside the blocks, active in training only; 0.1 in the paper.
         quantization: ``"int8"`` keeps the matrices as 8-bit integers with a scale per output, for inference only;
-            ``set_weights`` then rounds what it is given, and ``get_params`` gives the rounded values.
-        dtype: a Keras dtype policy: ``"float32"``, ``"bfloat16"``, ``"mixed_bfloat16"``. Layer norm and softmax
-            are float32 in each; logits are given as float32, and rounded to the compute dtype before.
+            ``set_weights`` then rounds the given weights, and ``get_params`` returns the rounded values.
+        dtype: a Keras dtype policy: ``"float32"``, ``"bfloat16"``, ``"mixed_bfloat16"``. Each computes layer norm and
+            softmax in float32; the logits are rounded to the compute dtype, and returned as float32.
 
     Call arguments:
         ids: integers (B, T), 1 <= T <= n_ctx, each in [0, n_vocab) -> logits, float32 (B, T, n_vocab).
@@ -99,7 +99,7 @@ class GPT2Model(ParamTree, keras.Model):
             CheckpointError: when the folder is not a complete GPT-2 checkpoint.
         """
         config = GPT2Config.from_file(Path(folder) / "hparams.json")
-        variables = open_checkpoint(folder, config)  # before a model is built that it does not fit
+        variables = open_checkpoint(folder, config)  # first: no model is built for a checkpoint that does not fit
         with blank_weights():
             model = cls(config, **kwargs)
         targets = dict(leaves(model.leaf_tree()))
@@ -108,7 +108,7 @@ class GPT2Model(ParamTree, keras.Model):
         return model
 
     def leaf_tree(self) -> Tree:
-        """Gives the whole tree, ``{"blocks", "ln_f", "wpe", "wte"}``."""
+        """Returns the whole tree, ``{"blocks", "ln_f", "wpe", "wte"}``."""
         return {
             "blocks": [block.leaf_tree() for block in self.blocks],
             "ln_f": self.ln_f.leaf_tree(),
@@ -127,7 +127,7 @@ class GPT2Model(ParamTree, keras.Model):
         if training and self.quantization:
             raise ValueError(
                 f"quantization={self.quantization!r} is for inference only: its weights are integers; train a model "
-                f"without, and quantize what get_params() gives"
+                f"without, and quantize the weights that its get_params() returns"
             )
         logits = self.logits(self.hidden_states(ids, training=training))
         if not tf.is_symbolic_tensor(ids):
@@ -163,26 +163,26 @@ class GPT2Model(ParamTree, keras.Model):
 
     @property
     def input_dtype(self) -> str:
-        """What Keras converts and exports inputs as: ids, whatever the policy."""
+        """The dtype to which Keras converts inputs, and in which it exports them: that of ids, whatever the policy."""
         return "int32"
 
     def export(self, filepath: str | Path, *args: Any, input_signature: Any = None, **kwargs: Any) -> None:
-        """Writes a SavedModel from ids to logits, as ``keras.Model.export``, also of a model never called.
+        """Writes a SavedModel from ids to logits, as ``keras.Model.export`` does; the model need not have been called.
 
         Args:
             filepath: the folder to write.
             *args: as in Keras.
-            input_signature: int32 (B, T) of any B and T by default.
+            input_signature: by default int32 (B, T) of any B and T.
             **kwargs: as in Keras.
         """
         ids = keras.InputSpec(shape=(None, None), dtype="int32", name="ids")
         super().export(filepath, *args, input_signature=input_signature or [ids], **kwargs)
 
     def quantize(self, mode: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Refuses: the weights of a model that is made can be quantized only into another one.
+        """Raises in any case: the weights of an existing model can be quantized only into another model.
 
         Raises:
-            NotImplementedError: in any case; says how.
+            NotImplementedError: in any case; the message says how to make the other model.
         """
         raise NotImplementedError(
             f"mode={mode!r}: a GPT2Model is quantized when it is made, small = GPT2Model(model.config, "
@@ -190,7 +190,7 @@ class GPT2Model(ParamTree, keras.Model):
         )
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
-        """Appends the vocabulary."""
+        """Returns the input's shape with the axis V appended."""
         return (*input_shape, self.config.n_vocab)
 
     def compute_output_spec(self, ids: Any, training: bool | None = None) -> keras.KerasTensor:
@@ -199,13 +199,13 @@ class GPT2Model(ParamTree, keras.Model):
         return keras.KerasTensor(self.compute_output_shape(ids.shape), dtype="float32")
 
     def get_config(self) -> dict[str, Any]:
-        """Gives the constructor's arguments, the config as a plain dict."""
-        own = {"config": self.config.to_hparams(), "dropout": self.dropout, "quantization": self.quantization}
-        return {**super().get_config(), **own}
+        """Returns the constructor's arguments, the config as a plain dict."""
+        arguments = {"config": self.config.to_hparams(), "dropout": self.dropout, "quantization": self.quantization}
+        return {**super().get_config(), **arguments}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPT2Model:
-        """Makes a model from what ``get_config`` returned; what was frozen stays frozen."""
+        """Makes a model from the dict of ``get_config``; frozen layers and variables stay frozen."""
         arguments = {**config, "config": GPT2Config.from_hparams(config["config"])}
         frozen = arguments.pop("frozen", None)
         model = cls(**arguments)
@@ -217,9 +217,9 @@ class GPT2Model(ParamTree, keras.Model):
 def one_or_nan(ids: tf.Tensor, config: GPT2Config) -> tf.Tensor:
     """Returns 1 for rows of valid ids, NaN for others: integers (B, T) -> float32 (B, 1, 1).
 
-    NaN comes into being only where a row has it, so that ``tf.debugging.enable_check_numerics`` has nothing to report.
+    Computes NaN only in rows that get it, so that ``tf.debugging.enable_check_numerics`` reports nothing on valid ids.
     """
-    wide = tf.cast(ids, tf.int64)  # in uint8, say, n_vocab itself might wrap around
+    wide = tf.cast(ids, tf.int64)  # in the ids' own dtype n_vocab may wrap around, as 256 does to 0 in uint8
     is_valid = (wide >= 0) & (wide < config.n_vocab) & (tf.shape(ids)[1] <= config.n_ctx)  # (B, T)
     is_valid = tf.reduce_all(is_valid, axis=-1)[:, None, None]  # (B, 1, 1)
     return tf.sqrt(tf.where(is_valid, 1.0, -1.0))
@@ -232,13 +232,13 @@ def is_mean_of_replicas(ids: tf.Tensor) -> bool:
 
 
 def check_ids(ids: tf.Tensor, config: GPT2Config) -> None:
-    """Refuses what compiled code would silently clamp: wrong rank or length, ids outside the vocabulary.
+    """Raises on ids that compiled code would silently clamp: of wrong rank or length, or outside the vocabulary.
 
-    The values are checked only where they exist: a tensor inside a graph has none.
+    The values are checked only on eager calls: a tensor inside a graph has none yet.
 
     Raises:
         ContextLengthError: when the sequence is longer than ``n_ctx``.
-        ValueError: for all else.
+        ValueError: in all other cases.
     """
     if len(ids.shape) != 2:
         raise ValueError(f"ids must have shape (B, T), got {tuple(ids.shape)}; wrap one sequence as [ids]")

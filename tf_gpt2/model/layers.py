@@ -24,18 +24,18 @@ INIT_STDDEV = 0.02
 
 
 class LayerCache(Protocol):
-    """What attention asks of one layer's key/value cache."""
+    """The interface of one layer's key/value cache, as attention calls it."""
 
     def update(self, k: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Takes new keys and values (B*H, T, D); gives all to attend to, (B*H, S, D), and a mask, (B*H or 1, T, S)."""
+        """Adds keys and values (B*H, T, D); returns all there are, (B*H, S, D), and a mask, (B*H or 1, T, S)."""
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
 class Linear(ParamTree, keras.layers.Layer):
-    """``x @ w + b``, with ``w`` kept transposed.
+    """Computes ``x @ w + b``; stores ``w`` transposed.
 
     The tree holds ``w`` as ``(n_in, n_out)``, the variable as ``(n_out, n_in)``: a one-row product then reads one
-    contiguous run per output, which the memory serves faster than strided columns.
+    contiguous run of memory per output, which is faster than strided columns.
 
     Args:
         n_in: width of the input.
@@ -59,7 +59,7 @@ class Linear(ParamTree, keras.layers.Layer):
         self.b = self.add_weight(shape=(self.n_out,), initializer="zeros", autocast=False, name="b")
 
     def leaf_tree(self) -> Tree:
-        """Gives ``{"b", "w"}``."""
+        """Returns the tree ``{"b", "w"}``."""
         return {"b": Leaf(self.b), "w": MatrixLeaf(self.w, transposed=True, scale=self.w_scale)}
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
@@ -67,11 +67,11 @@ class Linear(ParamTree, keras.layers.Layer):
         return formulas.linear(tf.cast(x, self.compute_dtype), self.weights_tree(), ops=plain)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
-        """Replaces the last axis."""
+        """Returns the input's shape with ``n_out`` as its last axis."""
         return (*input_shape[:-1], self.n_out)
 
     def get_config(self) -> dict[str, Any]:
-        """Gives the constructor's arguments."""
+        """Returns the constructor's arguments."""
         return {**super().get_config(), "n_in": self.n_in, "n_out": self.n_out, "quantization": self.quantization}
 
 
@@ -96,26 +96,26 @@ class LayerNorm(ParamTree, keras.layers.Layer):
         self.b = self.add_weight(shape=(self.n_embd,), initializer="zeros", autocast=False, name="b")
 
     def leaf_tree(self) -> Tree:
-        """Gives ``{"b", "g"}``."""
+        """Returns the tree ``{"b", "g"}``."""
         return {"b": Leaf(self.b), "g": Leaf(self.g)}
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Normalizes in float32, returns the compute dtype."""
+        """Normalizes in float32; returns the compute dtype."""
         x = tf.cast(x, tf.float32)
         return tf.cast(formulas.norm(x, self.weights_tree(), ops=plain), self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
-        """Keeps the shape."""
+        """Returns the input's shape."""
         return tuple(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        """Gives the constructor's arguments."""
+        """Returns the constructor's arguments."""
         return {**super().get_config(), "n_embd": self.n_embd}
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
 class CausalSelfAttention(ParamTree, keras.layers.Layer):
-    """Multi-head attention in which a position sees itself and what came before.
+    """Multi-head attention in which a position sees itself and earlier ones.
 
     Args:
         n_embd: width, C.
@@ -147,7 +147,7 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         self.c_proj.build(input_shape)
 
     def leaf_tree(self) -> Tree:
-        """Gives ``{"c_attn", "c_proj"}``."""
+        """Returns the tree ``{"c_attn", "c_proj"}``."""
         return {"c_attn": self.c_attn.leaf_tree(), "c_proj": self.c_proj.leaf_tree()}
 
     def call(self, x: tf.Tensor, cache: LayerCache | None = None, training: bool | None = None) -> tf.Tensor:
@@ -162,13 +162,13 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         return self.resid_dropout(self.c_proj(out), training=training)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
-        """Keeps the shape."""
+        """Returns the input's shape."""
         return tuple(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        """Gives the constructor's arguments."""
-        own = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
-        return {**super().get_config(), **own}
+        """Returns the constructor's arguments."""
+        arguments = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
+        return {**super().get_config(), **arguments}
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
@@ -199,7 +199,7 @@ class MLP(ParamTree, keras.layers.Layer):
         self.c_proj.build(input_shape)
 
     def leaf_tree(self) -> Tree:
-        """Gives ``{"c_fc", "c_proj"}``."""
+        """Returns the tree ``{"c_fc", "c_proj"}``."""
         return {"c_fc": self.c_fc.leaf_tree(), "c_proj": self.c_proj.leaf_tree()}
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
@@ -207,18 +207,18 @@ class MLP(ParamTree, keras.layers.Layer):
         return self.resid_dropout(self.c_proj(plain.gelu(self.c_fc(x))), training=training)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
-        """Keeps the shape."""
+        """Returns the input's shape."""
         return tuple(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        """Gives the constructor's arguments."""
-        own = {name: getattr(self, name) for name in ("n_embd", "dropout", "quantization")}
-        return {**super().get_config(), **own}
+        """Returns the constructor's arguments."""
+        arguments = {name: getattr(self, name) for name in ("n_embd", "dropout", "quantization")}
+        return {**super().get_config(), **arguments}
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
 class Block(ParamTree, keras.layers.Layer):
-    """One transformer block, layer norms before each part and residual sums around it.
+    """One transformer block: attention and MLP, each with a layer norm before it and a residual sum around it.
 
     Args:
         n_embd: width, C.
@@ -248,7 +248,7 @@ class Block(ParamTree, keras.layers.Layer):
             part.build(input_shape)
 
     def leaf_tree(self) -> Tree:
-        """Gives ``{"attn", "ln_1", "ln_2", "mlp"}``."""
+        """Returns the tree ``{"attn", "ln_1", "ln_2", "mlp"}``."""
         return {name: getattr(self, name).leaf_tree() for name in ("attn", "ln_1", "ln_2", "mlp")}
 
     def call(self, x: tf.Tensor, cache: LayerCache | None = None, training: bool | None = None) -> tf.Tensor:
@@ -258,10 +258,10 @@ class Block(ParamTree, keras.layers.Layer):
         return x + self.mlp(self.ln_2(x), training=training)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
-        """Keeps the shape."""
+        """Returns the input's shape."""
         return tuple(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        """Gives the constructor's arguments."""
-        own = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
-        return {**super().get_config(), **own}
+        """Returns the constructor's arguments."""
+        arguments = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
+        return {**super().get_config(), **arguments}

@@ -1,4 +1,4 @@
-"""``Network``: a model as data, for what is compiled once and serves all models of one shape."""
+"""``Network``: a model as data, for functions that are compiled once for all models of one shape."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tf_gpt2.model.param_tree import parts_of
 
 OWN_LAYERS = {GPT2Model, Block, CausalSelfAttention, MLP, LayerNorm, Linear, keras.layers.Dropout}
 FORMULAS = ("call", "hidden_states", "logits", "token_embeddings")
-"""Methods of a model that decide what it computes; a subclass may change any other."""
+"""Methods that decide what a model computes; a subclass may override any other method."""
 WRAPPED_BY_KERAS = {"build", "quantize"}
-"""Methods that Keras puts into each layer's own attributes."""
+"""Methods that Keras stores as attributes of each layer instance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """GPT-2 with its weights as tensors and a way to compute.
+    """GPT-2 with its weights as tensors, and the arithmetic to compute with.
 
     Attributes:
-        weights: the parameter tree, see ``formulas``.
+        weights: the parameter tree, as ``formulas`` takes it.
         config: the hyperparameters.
-        dtype: to compute in.
+        dtype: the compute dtype.
         ops: a module of ``arithmetic``.
     """
 
@@ -46,17 +46,18 @@ class Network:
     ) -> tuple[tf.Tensor, tuple[KeyValues, ...]]:
         """Runs all but the head.
 
-        What lies in the cache at later positions is neither seen nor needed: it may be left from tokens that were taken
-        back.
+        The cache's entries at later positions are not seen, whatever they hold, such as those of tokens that were
+        taken back.
 
         Args:
             ids: int32 (B, T).
-            positions: int32 (B, T), ascending, for ids that follow what the cache holds; those of tokens that do not
-                count may be equal.
+            positions: int32 (B, T), ascending, for ids that follow those in the cache; padding ids may have equal
+                positions.
             past: a cache per block, (N, S, D).
 
         Returns:
-            What comes before the logits, (B, T, C); each block's keys and values, or the longer cache.
+            The hidden states that the logits are computed from, (B, T, C); each block's keys and values: those of
+            ``ids``, (N, T, D), or the whole cache with them.
         """
         return formulas.hidden_states(
             ids,
@@ -69,13 +70,13 @@ class Network:
         )
 
     def _place(self, positions: tf.Tensor, cache: Sequence[KeyValues]) -> list[Past]:
-        """Returns each block's cache with the places that positions, int32 (B, T), have in it."""
+        """Returns each block's cache with the places of positions, int32 (B, T), in it."""
         like = cache[0].keys
         of_heads = tf.tile(positions, (1, self.config.n_head))
         of_heads = tf.reshape(of_heads, (-1, shape_of(positions)[1]))  # (N, T)
         mask = tf.range(shape_of(like)[1]) <= tf.expand_dims(of_heads, -1)  # (N, T, S)
         places = self.ops.places(of_heads, like)
-        return [Past(*one, places, mask) for one in cache]
+        return [Past(*key_values, places, mask) for key_values in cache]
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Computes logits: floats (..., C) -> float32 (..., V)."""
@@ -88,10 +89,10 @@ def network_of(model: GPT2Model, ops: Ops) -> Network:
 
 
 def weights_of(model: GPT2Model) -> Weights:
-    """Returns a model's variables as a tree that the formulas compute with; copies nothing.
+    """Returns a model's variables as the tree that the formulas take; copies nothing.
 
     Raises:
-        ValueError: when a layer has been replaced or changed, as the formulas would compute something else.
+        ValueError: when a layer was replaced or changed, so that the formulas would compute something else.
     """
     for path, layer in [("model", model), *parts_of(model)]:
         check_own(path, layer, model.compute_dtype)
@@ -106,7 +107,7 @@ def first_replica(variable: Any) -> Any:
 
 
 def check_own(path: str, layer: keras.Layer, dtype: str) -> None:
-    """Refuses a layer that computes something else than the formulas."""
+    """Raises ValueError for a layer that computes something else than the formulas."""
     kind = type(layer)
     if isinstance(layer, GPT2Model):
         is_own = all(getattr(kind, name) is getattr(GPT2Model, name) for name in FORMULAS)
@@ -117,7 +118,7 @@ def check_own(path: str, layer: keras.Layer, dtype: str) -> None:
     if not is_own or changed:
         raise ValueError(
             f"{path} has been replaced or changed ({what}): generation computes with the package's own layers, and "
-            f"would give something else than model(ids); put the layer back, or call model(ids) for each token"
+            f"its results would differ from those of model(ids); put the layer back, or call model(ids) for each token"
         )
     if layer.compute_dtype != dtype:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Weights of a Keras layer as a parameter tree: set from it, given back as it.
+"""Sets the weights of a Keras layer from a parameter tree, and returns them as one.
 
-``set_weights`` takes OpenAI's nested dict next to Keras's flat list. Knows nothing of files or of what a layer
-computes.
+``set_weights`` accepts OpenAI's nested dict as well as Keras's flat list. Knows nothing of files, or of the formulas
+of a layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _draws = contextvars.ContextVar("draws", default=True)
 
 @contextlib.contextmanager
 def blank_weights() -> Iterator[None]:
-    """Leaves the weights of new layers at zero, for those about to be set: drawing takes longer than reading them."""
+    """Lets new layers start with zeros, for weights that are about to be read: drawing takes longer than reading."""
     token = _draws.set(False)
     try:
         yield
@@ -33,7 +33,7 @@ def blank_weights() -> Iterator[None]:
 
 
 def normal(stddev: float) -> Any:
-    """Returns the initializer of a fresh weight."""
+    """Returns the initializer of a fresh weight: normal, or zeros inside ``blank_weights``."""
     return keras.initializers.RandomNormal(stddev=stddev) if _draws.get() else "zeros"
 
 
@@ -43,8 +43,8 @@ def add_matrix(
     """Adds a matrix (n_out, n_in) to a layer.
 
     Returns:
-        The matrix; and its scales, (n_out,), when it is quantized. Quantized ones are not trained, and start from
-        zeros.
+        The matrix; and its scales, (n_out,), when it is quantized, else None. A quantized matrix is not trained, and
+        starts with zeros.
     """
     if quantization is None:
         return layer.add_weight(shape=shape, initializer=normal(stddev), autocast=False, name=name), None
@@ -76,19 +76,19 @@ class Leaf:
 
     @property
     def variables(self) -> tuple[keras.Variable, ...]:
-        """All that the leaf is stored in."""
+        """The variables that store the leaf."""
         return (self.variable,)
 
     def weight(self) -> Any:
-        """Returns what the formulas compute with; copies nothing."""
+        """Returns the weight as the formulas take it; copies nothing."""
         return self.variable.value
 
     def read(self) -> np.ndarray:
-        """Copies the variable out."""
+        """Returns a copy of the variable as a NumPy array."""
         return np.asarray(self.variable.value).copy()
 
     def write(self, array: np.ndarray | tf.Tensor) -> None:
-        """Assigns an array; a tensor of the same dtype is taken without a copy."""
+        """Assigns an array or a tensor; a tensor of the same dtype is not copied."""
         self.variable.assign(array)
 
 
@@ -112,22 +112,22 @@ class MatrixLeaf(Leaf):
 
     @property
     def variables(self) -> tuple[keras.Variable, ...]:
-        """The matrix, and its scales if it has some."""
+        """The matrix, and its scales if it is an 8-bit one."""
         return (self.variable,) if self.scale is None else (self.variable, self.scale)
 
     def weight(self) -> AnyMatrix:
-        """Returns what the formulas compute with; copies nothing."""
+        """Returns the weight as the formulas take it; copies nothing."""
         value = self.variable.value
         return Matrix(value) if self.scale is None else Int8Matrix(value, self.scale.value)
 
     def read(self) -> np.ndarray:
-        """Copies the matrix out, in the tree's orientation; an 8-bit one as float32."""
+        """Returns a copy of the matrix in the tree's orientation; float32 for an 8-bit one."""
         value = self.variable.value
         array = np.asarray(value if self.scale is None else dequantize(value, self.scale.value))
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
     def write(self, array: np.ndarray | tf.Tensor) -> None:
-        """Assigns an array that is in the tree's orientation, rounded where the matrix is an 8-bit one."""
+        """Assigns an array in the tree's orientation; rounds it where the matrix is an 8-bit one."""
         value = tf.transpose(array) if self.transposed else array
         if self.scale is not None:
             value, scale = quantize(value)
@@ -142,19 +142,19 @@ class ParamTree:
     build: Callable[[Any], None]
 
     def leaf_tree(self) -> Tree:
-        """Gives the tree whose leaves are ``Leaf``; the layer must be built."""
+        """Returns the tree whose leaves are ``Leaf``; the layer must be built."""
         raise NotImplementedError
 
     def set_weights(self, weights: Mapping[str, Any] | list[np.ndarray]) -> None:
         """Takes the layer's weights from a parameter tree, or from a flat list as in Keras.
 
         Args:
-            weights: the tree or subtree with this layer's names, leaves floating-point arrays of any float dtype (they
-                are cast to the variables' dtype); or a list in the order and shapes of ``get_weights()``.
+            weights: the tree or subtree with this layer's names, its leaves arrays of any float dtype (they are cast to
+                the variables' dtype); or a list in the order and shapes of ``get_weights()``.
 
         Raises:
-            ParamsError: naming each leaf that is missing, unexpected or misshapen; then nothing is assigned.
-            TypeError: when it is neither a tree nor a list.
+            ParamsError: when leaves are missing, unexpected or misshapen; names them, and assigns nothing.
+            TypeError: when ``weights`` is neither a tree nor a list.
 
         Example:
             >>> import tf_gpt2
@@ -164,7 +164,7 @@ class ParamTree:
             >>> model.set_weights(random_params(config))
         """
         if not isinstance(weights, (Mapping, list, tuple)):
-            raise TypeError(f"weights must be a parameter tree, or a list as get_weights() gives it, got {weights!r}")
+            raise TypeError(f"weights must be a parameter tree, or a list as get_weights() returns it, got {weights!r}")
         if not isinstance(weights, Mapping):
             super().set_weights(weights)  # type: ignore[misc]
             return
@@ -176,11 +176,11 @@ class ParamTree:
             leaf.write(np.asarray(sources[path]))
 
     def weights_tree(self) -> Tree:
-        """Returns the weights as the formulas compute with them, see ``weights``; copies nothing."""
+        """Returns the weights as the formulas take them, in the types of ``model/weights.py``; copies nothing."""
         return map_leaves(lambda _, leaf: leaf.weight(), self.leaf_tree())
 
     def get_params(self) -> Tree:
-        """Gives the weights back as a parameter tree of NumPy arrays, in the variables' dtype, bit for bit."""
+        """Returns the weights as a parameter tree of NumPy arrays, in the variables' dtype, bit for bit."""
         self.ensure_built()
         return map_leaves(lambda _, leaf: leaf.read(), self.leaf_tree())
 
@@ -190,14 +190,14 @@ class ParamTree:
             self.build((None, None, None))
 
     def get_config(self) -> dict[str, Any]:
-        """Returns Keras's part of the constructor's arguments, and what is frozen inside."""
+        """Returns Keras's part of the constructor's arguments, and the paths of frozen layers and variables."""
         config = super().get_config()  # type: ignore[misc]
         frozen = frozen_parts(self) if self.built else {}
         return {**config, "frozen": frozen} if any(frozen.values()) else config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        """Makes a layer from what ``get_config`` returned; what was frozen stays frozen."""
+        """Makes a layer from the dict of ``get_config``; frozen layers and variables stay frozen."""
         config = dict(config)
         frozen = config.pop("frozen", None)
         layer = super().from_config(config)  # type: ignore[misc]
@@ -218,7 +218,7 @@ def parts_of(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.La
 
 
 def frozen_parts(layer: Any) -> dict[str, list[str]]:
-    """Returns the paths of layers and variables that are not trained; 8-bit ones never are, and are left out."""
+    """Returns the paths of layers and variables that are not trained, but for 8-bit matrices, which never are."""
     return {
         "layers": [path for path, part in parts_of(layer) if not part.trainable],
         "variables": [path for path, leaf in trainable_leaves(layer) if not leaf.variable.trainable],
@@ -226,7 +226,7 @@ def frozen_parts(layer: Any) -> dict[str, list[str]]:
 
 
 def freeze(layer: Any, frozen: Mapping[str, Sequence[str]]) -> None:
-    """Freezes what ``frozen_parts`` returned of another layer of the same form."""
+    """Freezes the layers and variables that ``frozen_parts`` listed of another layer of the same form."""
     layer.ensure_built()
     for path, part in parts_of(layer):
         if path in frozen["layers"]:

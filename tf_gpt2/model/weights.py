@@ -1,7 +1,7 @@
-"""What a weight is: the leaf types of the parameter tree that the formulas compute with.
+"""Defines the leaf types of the parameter tree that the formulas compute with: float and 8-bit matrices.
 
 A vector or a table is a bare tensor. A matrix is one of the types here, always (n_out, n_in): a product with one row
-then reads a contiguous run of memory per output. How each is multiplied by is up to ``arithmetic``.
+then reads a contiguous run of memory per output. The modules of ``model/arithmetic`` multiply by them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 LARGEST = 127
-"""Of the 8-bit range the one value without a positive twin, -128, is not used."""
+"""The largest 8-bit value used, on both sides: -128, which has no positive counterpart, is left out."""
 
 ROWS_AT_ONCE = 2048
-"""Rounding makes float copies of its input; of so many rows they are small beside the embedding's 50,257."""
+"""Rows rounded at once: float copies of so many are small beside those of the embedding's 50,257 rows."""
 
 
 class Matrix(NamedTuple):
@@ -22,8 +22,8 @@ class Matrix(NamedTuple):
 
     Attributes:
         value: floats (n_out, n_in), a tensor or a variable.
-        transposed: float32 (n_in, n_out), the same numbers rounded to the compute dtype, where a twin is kept for
-            products of several rows; else ``None``.
+        transposed: the twin for products of several rows: float32 (n_in, n_out), the same numbers rounded to the
+            compute dtype; ``None`` where no twin is kept.
     """
 
     value: Any
@@ -31,7 +31,7 @@ class Matrix(NamedTuple):
 
 
 class Int8Matrix(NamedTuple):
-    """A matrix of 8-bit integers with one scale per output: about ``value * scale[:, None]``.
+    """A matrix of 8-bit integers with one scale per output; its floats are about ``value * scale[:, None]``.
 
     Attributes:
         value: int8 (n_out, n_in), a tensor or a variable.
@@ -52,7 +52,8 @@ def quantize(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         w: floats (n_out, n_in).
 
     Returns:
-        int8 (n_out, n_in) and float32 (n_out,), with ``w`` about ``q * scale[:, None]``, at most half a scale off.
+        ``q``, int8 (n_out, n_in), and ``scale``, float32 (n_out,): ``q * scale[:, None]`` differs from ``w`` by at most
+        half a scale.
     """
     parts = [quantize_rows(w[i : i + ROWS_AT_ONCE]) for i in range(0, w.shape[0], ROWS_AT_ONCE)]
     q, scale = zip(*parts, strict=True)
@@ -60,7 +61,7 @@ def quantize(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def quantize_rows(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Does what ``quantize`` does, in one go."""
+    """Rounds all rows at once, as ``quantize`` does in parts."""
     w = tf.cast(w, tf.float32)
     largest = tf.reduce_max(tf.abs(w), axis=1)
     scale = tf.where(largest > 0, largest, 1.0) / LARGEST
@@ -68,5 +69,5 @@ def quantize_rows(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def dequantize(q: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    """Returns float32 (n_out, n_in) for int8 (n_out, n_in) and float32 (n_out,)."""
+    """Computes the floats of a quantized matrix: int8 (n_out, n_in), float32 (n_out,) -> float32 (n_out, n_in)."""
     return tf.cast(q, tf.float32) * tf.expand_dims(scale, 1)

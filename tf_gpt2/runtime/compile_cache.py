@@ -1,11 +1,12 @@
-"""Keeps what XLA compiled on disk, so that the next process need not compile it again.
+"""Keeps the code that XLA compiled on disk, so that the next process need not compile it again.
 
-The folder is ``~/.cache/tf_gpt2/xla`` (or under ``XDG_CACHE_HOME``); ``TF_GPT2_COMPILE_CACHE`` names another, or is
-``off``. Compiled code fits one TensorFlow and one processor: each has a folder of its own in there.
+The folder is ``~/.cache/tf_gpt2/xla`` (or ``$XDG_CACHE_HOME/tf_gpt2/xla``); the environment variable
+``TF_GPT2_COMPILE_CACHE`` names another, or is ``off``. Compiled code fits one version of TensorFlow and one processor:
+each pair has its own folder inside.
 
-The entries are machine code, which TensorFlow writes and reads by itself and does not check. So the folder must belong
-to the user alone, and a file beside the entries lists their checksums: a process adds those of new entries when it
-ends, and one that starts removes every entry that differs. Knows nothing of what is compiled.
+The entries are machine code, which TensorFlow itself writes and reads, without checks. So the folder must belong to the
+user alone, and a manifest beside the entries lists their checksums: a process adds those of new entries when it ends,
+and removes every entry that differs when it starts. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -25,32 +26,32 @@ from typing import NamedTuple
 
 try:
     import fcntl
-except ImportError:  # Windows, which has no owners and modes of this kind either
+except ImportError:  # on Windows, which also lacks such owners and modes
     fcntl = None  # type: ignore[assignment]
 
 ENV_VAR = "TF_GPT2_COMPILE_CACHE"
 FLAG = "--tf_xla_persistent_cache_directory"
 MANIFEST = "checksums"
-"""Lines of SHA-256, size in bytes and name of an entry."""
+"""The file of checksums; a line has an entry's SHA-256, its size in bytes and its name."""
 UNUSED_DAYS = 30
-"""After which an entry is removed."""
+"""An entry that no process has read for so many days is removed."""
 
 
 class Checksum(NamedTuple):
-    """What an entry's content must be."""
+    """The SHA-256 and the size of an entry's content."""
 
     sha256: str
     n_bytes: int
 
 
 REMOVED = Checksum("0" * 64, 0)
-"""Stands in the manifest for an entry that was removed; TensorFlow may write it anew."""
+"""Marks an entry in the manifest as removed; TensorFlow may write it anew."""
 
 
 def enable() -> None:
-    """Switches the cache on, unless the user has chosen a folder of TensorFlow's own or none.
+    """Switches the cache on, unless the user chose "off" or another cache by ``TF_XLA_FLAGS``.
 
-    Does nothing where the folder cannot be used: without the cache a program is slower, and not wrong.
+    Does nothing where the folder cannot be used: without the cache a program is slower, but right.
     """
     flags = os.environ.get("TF_XLA_FLAGS", "")
     names_a_file = bool(flags.strip()) and not flags.lstrip().startswith("--")  # TensorFlow reads its flags there
@@ -59,14 +60,14 @@ def enable() -> None:
     try:
         folder = chosen_folder()
         flag = f"{FLAG}={quote(folder)}"
-        if flag not in flags:  # else a parent process has set it
+        if flag not in flags:  # if it is there, a parent process has set it
             if FLAG in flags:
                 return
             flags = f"{flags} {flag}".strip()
         make_private(folder)
         manifest = verify(folder)
         remove_unused(folder.parent)
-    except (OSError, RuntimeError):  # RuntimeError: no home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         return
     os.environ["TF_XLA_FLAGS"] = flags
     atexit.register(record, folder, manifest)
@@ -92,7 +93,7 @@ def default_folder() -> Path:
         RuntimeError: when the user has no home.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
-    if not cache.is_absolute():  # a relative one is invalid. Source: XDG Base Directory Specification
+    if not cache.is_absolute():  # a relative path is invalid. Source: XDG Base Directory Specification
         home = Path.home()
         if os.environ.get("HOME") == "" or not home.is_absolute():
             raise RuntimeError(f"HOME must be an absolute path, got {home}")
@@ -110,7 +111,7 @@ def make_private(folder: Path) -> None:
     """Makes a folder that only the user may enter.
 
     Raises:
-        OSError: when it cannot be made, or is there and others own it or may write to it.
+        OSError: when it cannot be made, or it exists and another user owns it or may write to it.
     """
     for part in (*reversed(folder.parents), folder):
         part.mkdir(mode=0o700, exist_ok=True)
@@ -120,16 +121,16 @@ def make_private(folder: Path) -> None:
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Whether the user owns it and nobody else may write to it; a link is not a folder."""
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    """Whether the user owns a folder, and nobody else may write to it; a link is not a folder."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def verify(folder: Path) -> int:
-    """Removes entries that are not what the manifest says.
+    """Removes entries that differ from the manifest.
 
-    The manifest stays open and locked for as long as the process lives. An entry that it does not list was left by a
-    process that was killed, or belongs to one that still runs: it is removed only when no other process has the lock.
+    The manifest stays open and locked as long as the process lives. An entry that it does not list was written by a
+    process that was killed, or that still runs: the entry is removed only when no other process has the lock.
 
     Returns:
         The manifest's file descriptor.
@@ -147,28 +148,28 @@ def verify(folder: Path) -> int:
     except BlockingIOError:
         fcntl.flock(manifest, fcntl.LOCK_SH)
         is_alone = False
-    known = read_manifest(manifest)
+    listed = read_manifest(manifest)
     for entry in entries(folder):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if not is_sound(entry, known.get(entry.name), keep_unknown=not is_alone):
+            if not is_sound(entry, listed.get(entry.name), keep_unlisted=not is_alone):
                 remove(entry)
                 append(manifest, {entry.name: REMOVED})
     if is_alone:
         os.ftruncate(manifest, 0)
-        append(manifest, {entry.name: known[entry.name] for entry in entries(folder) if entry.name in known})
+        append(manifest, {entry.name: listed[entry.name] for entry in entries(folder) if entry.name in listed})
         fcntl.flock(manifest, fcntl.LOCK_SH)
     return manifest
 
 
-def is_sound(entry: Path, expected: Checksum | None, *, keep_unknown: bool) -> bool:
-    """Whether an entry may stay: it is a file with its checksum, or has none and may do without."""
-    found = entry.lstat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe would keep TensorFlow waiting for ever
+def is_sound(entry: Path, expected: Checksum | None, *, keep_unlisted: bool) -> bool:
+    """Whether an entry may stay: it is a file with the expected checksum, or with none and ``keep_unlisted`` is set."""
+    status = entry.lstat()
+    if not stat.S_ISREG(status.st_mode):  # TensorFlow would wait at a pipe without end
         return False
     if expected is None:
-        return keep_unknown
+        return keep_unlisted
     try:
-        return found.st_size == expected.n_bytes and checksum_of(entry) == expected
+        return status.st_size == expected.n_bytes and checksum_of(entry) == expected
     except OSError:  # the disk cannot read it
         return False
 
@@ -176,22 +177,22 @@ def is_sound(entry: Path, expected: Checksum | None, *, keep_unknown: bool) -> b
 def record(folder: Path, manifest: int) -> None:
     """Adds the checksums of new entries to the manifest; does nothing where that fails."""
     with contextlib.suppress(OSError):
-        known = read_manifest(manifest)
+        listed = read_manifest(manifest)
         new = {}
         for entry in entries(folder):
             with contextlib.suppress(FileNotFoundError):
-                if entry.name not in known and stat.S_ISREG(entry.lstat().st_mode):
+                if entry.name not in listed and stat.S_ISREG(entry.lstat().st_mode):
                     new[entry.name] = checksum_of(entry)
         append(manifest, new)
 
 
 def entries(folder: Path) -> Iterator[Path]:
-    """Yields the entries; what TensorFlow is still writing has another suffix."""
+    """Yields the entries; a file that TensorFlow is still writing has another suffix."""
     return folder.glob("*.pb")
 
 
 def checksum_of(entry: Path) -> Checksum:
-    """Computes a file's checksum, without counting as one who has used it."""
+    """Computes a file's checksum without changing its access time, which ``remove_unused`` looks at."""
     no_trace = getattr(os, "O_NOATIME", 0)
     with os.fdopen(os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | no_trace), "rb") as file:
         content = file.read()
@@ -199,7 +200,7 @@ def checksum_of(entry: Path) -> Checksum:
 
 
 def read_manifest(manifest: int) -> dict[str, Checksum]:
-    """Reads the checksum of each entry; lines that a power failure has cut off are no lines."""
+    """Reads the checksum of each entry; ignores lines that a power failure has cut off."""
     text = os.pread(manifest, os.fstat(manifest).st_size, 0).decode("ascii", "replace")
     lines = re.findall(r"^([0-9a-f]{64}) ([0-9]{1,18}) (\S+)$", text, re.M)
     last = {name: Checksum(sha256, int(n_bytes)) for sha256, n_bytes, name in lines}
@@ -207,7 +208,7 @@ def read_manifest(manifest: int) -> dict[str, Checksum]:
 
 
 def append(manifest: int, checksums: dict[str, Checksum]) -> None:
-    """Adds lines to the manifest in one piece, so that processes that end together do not mix theirs."""
+    """Adds lines to the manifest by one write, so that processes that end at the same time do not mix theirs."""
     lines = [f"{sha256} {n_bytes} {name}\n" for name, (sha256, n_bytes) in checksums.items()]
     if lines:
         os.write(manifest, "".join(["\n", *lines]).encode("ascii", "replace"))
@@ -222,7 +223,7 @@ def remove(path: Path) -> None:
 
 
 def remove_unused(parent: Path) -> None:
-    """Removes entries that no process has read for long, e.g. those of an older TensorFlow."""
+    """Removes entries that no process has read for ``UNUSED_DAYS``, e.g. those of an older TensorFlow."""
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for folder in filter(is_own_folder, parent.glob("tensorflow-*")):
         for entry in folder.glob("*.pb*"):
@@ -233,7 +234,7 @@ def remove_unused(parent: Path) -> None:
 
 
 def processor_hash() -> str:
-    """Names the processor by what it can do: code compiled for one may not run on another."""
+    """Returns a hash of the processor's model and features: code compiled for one may not run on another."""
     description = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,6 @@
-"""All that this package needs of TensorFlow beyond its documented interface: what to read before an upgrade.
+"""Wraps all undocumented parts of TensorFlow that this package uses; read it before an upgrade of TensorFlow.
 
-Each function names the test that fails when a new TensorFlow changes what it relies on.
+Each function names the test that fails when a new TensorFlow breaks it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def owned_copy(x: tf.Tensor) -> tf.Tensor:
 
 
 def write_in_place(x: tf.Tensor, rows: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    """Writes into the memory of ``x``, (N, …), at rows, int32 (M,), and returns it. Whoever else holds ``x`` sees it.
+    """Writes into the memory of ``x``, (N, …), at rows, int32 (M,), and returns ``x``. Its other holders see that.
 
-    ``tf.tensor_scatter_nd_update`` copies the whole of ``x`` outside of XLA. An index past the end would be taken from
-    the beginning; callers clip.
+    Outside of XLA, ``tf.tensor_scatter_nd_update`` would copy the whole of ``x``. An index past the end wraps around to
+    the first rows, so callers clip.
 
     Test: ``tests/generation/test_cache.py``, ``test_outside_of_xla_the_cache_is_written_in_place``.
     """
@@ -35,8 +35,8 @@ def write_in_place(x: tf.Tensor, rows: tf.Tensor, values: tf.Tensor) -> tf.Tenso
 def not_inlined(function: Callable[..., Any]) -> Any:
     """Returns a ``tf.function`` that TensorFlow keeps as a single node of the graph that calls it.
 
-    Outside of XLA both branches of a ``tf.cond`` are inlined, and each node of the branch that is not taken still costs
-    a step of the executor; one node costs one.
+    Outside of XLA both branches of a ``tf.cond`` are inlined, and each node of the branch not taken still costs a step
+    of the executor. As a single node, the branch costs one step.
 
     Test: ``tests/model/test_arithmetic.py``, ``test_a_branch_is_one_node_outside_of_xla``.
     """
@@ -44,7 +44,7 @@ def not_inlined(function: Callable[..., Any]) -> Any:
 
 
 def read_without_copy(variable: tf.Variable) -> tf.Tensor:
-    """Reads a variable as a tensor that shares its memory, also after a gather from the variable made reads copy.
+    """Reads a variable as a tensor that shares its memory, even after a gather from it has switched it to copy-on-read.
 
     Test: ``tests/generation/test_compiled.py``, ``test_reading_weights_copies_none``.
     """
@@ -53,10 +53,10 @@ def read_without_copy(variable: tf.Variable) -> tf.Tensor:
 
 
 def address(x: tf.Tensor) -> int:
-    """Returns where a tensor on the processor lies in memory.
+    """Returns the address of a tensor in the CPU's memory.
 
-    TensorFlow writes into a variable's memory only while no tensor shares it; so while one is kept, a variable at the
-    same address holds the same values.
+    TensorFlow writes into a variable's memory only while no tensor shares it. So as long as such a tensor is kept, a
+    variable at the same address holds the same values.
 
     Test: ``tests/generation/test_compiled.py``, ``test_transposed_weights_follow_a_change``.
     """

@@ -1,1 +1,1 @@
-"""GPT-2 as a SavedModel that takes text and gives text, for TensorFlow Serving."""
+"""Exports GPT-2 as a SavedModel that takes text and returns text, for TensorFlow Serving."""

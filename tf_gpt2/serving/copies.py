@@ -1,6 +1,6 @@
-"""Transposed twins of a model's matrices in variables of a graph: what ``generation.compiled`` keeps for Python.
+"""Keeps the transposed twins of a model's matrices in variables of a graph, as ``generation.compiled`` does in Python.
 
-The files of a SavedModel hold them empty; the first request that wants them fills them.
+A SavedModel stores these variables empty; the first request that needs them fills them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from tf_gpt2.model.network import Network
 
 
 class TwinsInGraph:
-    """A network's float matrices transposed, made when a graph first asks for them; the weights must not change.
+    """The transposed twins of a network's float matrices, made when first needed; the weights must not change after.
 
     Args:
-        network: whose weights are variables.
+        network: the model; its weights are variables.
 
     Attributes:
-        exist: whether there are any: 8-bit matrices have none.
+        exist: whether there are twins: 8-bit matrices have none.
     """
 
     def __init__(self, network: Network):
@@ -29,7 +29,7 @@ class TwinsInGraph:
         self.exist = bool(self._matrices)
 
     def __call__(self) -> tuple[tf.Tensor, ...]:
-        """Returns float32 (n_in, n_out) for each matrix, in the order of the tree."""
+        """Returns the twin of each matrix, float32 (n_in, n_out), in the order of the tree."""
         twins = tf.cond(self._is_filled, self._read, self._fill)
         return tuple(tf.ensure_shape(twin, w.shape[::-1]) for twin, w in zip(twins, self._matrices, strict=True))
 
@@ -39,6 +39,6 @@ class TwinsInGraph:
     def _fill(self) -> tuple[tf.Tensor, ...]:
         twins = tuple(transpose(w, self._dtype) for w in self._matrices)
         filled = [variable.assign(twin, read_value=False) for variable, twin in zip(self._twins, twins, strict=True)]
-        with tf.control_dependencies(filled):  # requests may come at the same time
+        with tf.control_dependencies(filled):  # first the twins, then the mark: requests may run at the same time
             self._is_filled.assign(True, read_value=False)
         return twins

@@ -1,7 +1,7 @@
-"""``export_saved_model``: a generator as one folder that TensorFlow Serving loads.
+"""``export_saved_model``: writes a generator as one folder that TensorFlow Serving loads.
 
-The folder appears whole or not at all. What it offers is in ``signatures``. An export that is killed leaves a folder
-``.VERSION-xxxxxxxx`` beside the versions; a later one removes it.
+The folder appears whole or not at all. Its functions are in ``signatures``. A killed export leaves a folder
+``.VERSION-xxxxxxxx`` beside the versions; a later export removes it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ OnStep = Callable[[str], None]
 WARM_UP = ("plain", "xla", "none")
 MOST_VERSION = 2**63 - 1
 LEFT_OVER = re.compile(r"\.\d+-\w+")
-"""Names of folders in which exports are made."""
+"""Names of the folders in which an export works until it is whole."""
 LEFT_OVER_AFTER_S = 24 * 3600
-"""Age in seconds from which a folder that no living process holds is what a killed export left."""
+"""Age in seconds from which such a folder counts as left by a killed export, if no living process holds it."""
 OWNED = "owned"
-"""A file in such a folder, locked as long as the process that exports lives."""
+"""A file in such a folder, locked as long as the exporting process lives."""
 
 
 def export_saved_model(
@@ -56,30 +56,30 @@ def export_saved_model(
     overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> Path:
-    """Writes a SavedModel that takes text and gives text, and needs nothing but TensorFlow's C++ runtime.
+    """Writes a SavedModel that takes text and returns text, and needs only TensorFlow's C++ runtime.
 
     Args:
-        generator: what to export; its weights keep their dtype.
-        folder: where the versions of the model are; is made if need be.
-        version: name of the folder in there; a server takes the highest.
+        generator: the generator to export; its weights keep their dtype.
+        folder: holds the versions of the model; is made if need be.
+        version: the name of the folder to write inside; a server loads the highest.
         max_new_tokens: of ``serving_default``, and of requests that do not say; in [1, n_ctx - 1].
-        xla: also write the twins of the signatures that XLA compiles, named ``…_xla``; a server must be started with
+        xla: whether to write also signatures that XLA compiles, named ``…_xla``; a server must be started with
             ``--xla_cpu_compilation_enabled=true`` to run them.
-        warm_up: which signatures a server tries out before it serves: ``"plain"``, those without XLA, if the extra
-            ``serving`` is installed; ``"xla"``, the twins as well, which a server without XLA then cannot load;
-            ``"none"``.
-        overwrite: whether to replace a version that is there.
+        warm_up: which signatures a server runs once while it loads: ``"plain"``, those without XLA, if the extra
+            ``serving`` is installed; ``"xla"``, the compiled ones as well, with which a server without XLA cannot load
+            the version; ``"none"``.
+        overwrite: whether to replace an existing version.
         on_step: called with a line of text before each step.
 
     Returns:
         ``folder / version``.
 
     Raises:
-        FileExistsError: when the version is there, or was made meanwhile.
-        ImportError: when ``warm_up="xla"`` lacks the extra ``serving``.
-        ParamsError: when weights hold NaN or infinity, with which a server would give empty texts.
-        ValueError: when a number is out of range, ``warm_up`` is none of these, or TensorFlow could not read what is in
-            ``folder`` because it takes its name for a pattern.
+        FileExistsError: when the version exists, or another process made it meanwhile.
+        ImportError: when ``warm_up="xla"`` and the extra ``serving`` is not installed.
+        ParamsError: when weights hold NaN or infinity, for which a server would return empty texts.
+        ValueError: when a number is out of range, ``warm_up`` is another value, or TensorFlow would read the path of
+            ``folder`` as a pattern.
 
     Example:
         >>> from tf_gpt2.checkpoint.download import embedded_dir
@@ -118,22 +118,22 @@ def export_saved_model(
 
 
 def check_path(folder: str | Path) -> None:
-    """Refuses folders that TensorFlow would write to, and then not find: it reads paths as patterns of file names.
+    """Raises ValueError for folders that TensorFlow would write to, and then not find: it reads paths as patterns.
 
-    The path counts as it is given: where a folder above is named so, a path that begins below it works.
+    Only the given path counts: where a folder above has such a name, a relative path that begins below it works.
     """
     path = os.fspath(folder)
     if re.search(r"\\|\[[^/]+\]", path):
         raise ValueError(
             f"folder must have no backslash and no [...] in its path, got {path!r}: TensorFlow takes them for a "
-            "pattern of file names, and could not load what is written there; choose another name"
+            "pattern of file names, and could not load the model from there; choose another name"
         )
     if not is_utf8(path):
-        raise ValueError(f"folder must be named in UTF-8, which TensorFlow wants, got {path!r}; choose another name")
+        raise ValueError(f"folder must be named in UTF-8, as TensorFlow requires, got {path!r}; choose another name")
 
 
 def is_utf8(path: str) -> bool:
-    """Whether all bytes of a path, as the system has it, are UTF-8."""
+    """Whether all bytes of a path are UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -142,13 +142,13 @@ def is_utf8(path: str) -> bool:
 
 
 def model_name_of(folder: str | Path) -> str:
-    """Returns the name under which servers are expected to have the model: the folder's, also of ``.`` and ``..``."""
+    """Returns the name of the model in servers: that of the folder, also where it is given as ``.`` or ``..``."""
     path = Path(folder)
     return (path.resolve() if path.name in ("", "..") else path).name or "gpt2"
 
 
 def check_weights(model: GPT2Model) -> None:
-    """Refuses weights that are not numbers."""
+    """Raises ParamsError when weights hold NaN or infinity."""
     for variable in model.weights:
         if variable.value.dtype.is_floating and not tf.reduce_all(tf.math.is_finite(variable.value)):
             raise ParamsError(
@@ -157,7 +157,7 @@ def check_weights(model: GPT2Model) -> None:
 
 
 def requests_for(warm_up: str, *, xla: bool) -> list[Request]:
-    """Gives the requests that warm a server up; by default none where the protos to write them are not installed."""
+    """Returns the warm-up requests; none for "plain" where the protos to write them are not installed."""
     if warm_up not in WARM_UP or (warm_up == "xla" and not xla):
         raise ValueError(f"warm_up must be one of {', '.join(WARM_UP)}, and xla only with xla=True, got {warm_up!r}")
     is_installed = importlib.util.find_spec("tensorflow_serving") is not None
@@ -168,9 +168,9 @@ def requests_for(warm_up: str, *, xla: bool) -> list[Request]:
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives a folder to fill, and puts it in the target's place when all went well.
+    """Yields a folder to fill, and moves it to the target if no error occurs.
 
-    Servers watch the parent: they take numbers for versions, and overlook other names.
+    Servers watch the parent folder: a number is a version to them, and they ignore other names.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_left_over(target.parent)
@@ -181,7 +181,7 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         if overwrite and target.exists():
             target.rename(Path(scratch) / "old")
         try:
-            made.rename(target)  # fails if somebody made it meanwhile
+            made.rename(target)  # fails if another process made it meanwhile
         except OSError as error:
             if target.exists():
                 raise already_there(target) from error
@@ -189,9 +189,9 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def remove_left_over(parent: Path) -> None:
-    """Removes what killed exports left: folders that are older than a day, and held by no living process.
+    """Removes the folders that killed exports left: those older than a day that no living process holds.
 
-    A folder stays that holds the only copy of a version: its export was killed while it replaced that version.
+    A folder with the only copy of a version stays: its export was killed while it replaced that version.
     """
     for path in parent.iterdir():
         if not LEFT_OVER.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
@@ -205,14 +205,14 @@ def remove_left_over(parent: Path) -> None:
 
 @contextlib.contextmanager
 def own(folder: Path) -> Iterator[None]:
-    """Shows other processes that this one still works in a folder: the system drops the lock when it dies."""
+    """Shows other processes, by a lock, that this one still works in a folder; the lock ends with the process."""
     with (folder / OWNED).open("wb") as file:
         lock(file.fileno())
         yield
 
 
 def is_owned(folder: Path) -> bool:
-    """Whether a living process, maybe this one, works in a folder."""
+    """Whether a living process, possibly this one, works in a folder."""
     path = folder / OWNED
     if not path.exists():
         return False
@@ -221,7 +221,7 @@ def is_owned(folder: Path) -> bool:
 
 
 def lock(descriptor: int) -> bool:
-    """Locks an open file until it is closed; returns whether no other holds it."""
+    """Locks an open file until it is closed; returns False when another holder has locked it."""
     if sys.platform == "win32":  # no flock there; an open file cannot be removed either
         return True
     import fcntl
@@ -236,10 +236,8 @@ def lock(descriptor: int) -> bool:
 
 
 def already_there(target: Path) -> FileExistsError:
-    """Says what to do about a version that is there."""
-    return FileExistsError(
-        f"version {target.name} is there already: {target}; choose a higher version, or overwrite it"
-    )
+    """Returns the error for a version that exists."""
+    return FileExistsError(f"version {target.name} exists already: {target}; choose a higher version, or overwrite it")
 
 
 def trace_signatures(generator: TextGenerator, max_new_tokens: int, xla: bool, tell: OnStep) -> dict[str, Any]:
@@ -256,18 +254,18 @@ def trace_signatures(generator: TextGenerator, max_new_tokens: int, xla: bool, t
 
 
 def make_module(model: GPT2Model, signatures: Mapping[str, Any]) -> tf.Module:
-    """Gives what TensorFlow saves besides the functions: the variables they read, the model's and their own."""
+    """Makes the module that TensorFlow saves beside the functions; it has all variables, the model's and theirs."""
     module = tf.Module(name="tf_gpt2")
     module.variables_by_name = {variable.path: variable.value for variable in model.weights}
     of_model = {id(variable) for variable in module.variables_by_name.values()}
-    graphs = [one.get_concrete_function().graph for one in signatures.values()]
-    read = {id(variable): variable for graph in graphs for variable in graph.variables}  # twins share theirs
+    graphs = [function.get_concrete_function().graph for function in signatures.values()]
+    read = {id(variable): variable for graph in graphs for variable in graph.variables}  # functions share variables
     module.of_functions = [variable for key, variable in read.items() if key not in of_model]
     return module
 
 
 def write_assets(generator: TextGenerator, folder: Path, max_new_tokens: int, signatures: Mapping[str, Any]) -> None:
-    """Writes what tells people, and programs, what the model is: hyperparameters, vocabulary, manifest."""
+    """Writes the model's description for people and programs: hyperparameters, vocabulary, manifest."""
     folder.mkdir(exist_ok=True)
     write_json(generator.model.config.to_hparams(), folder / "hparams.json")
     write_vocabulary(generator.encoder, folder)
@@ -289,7 +287,7 @@ def write_assets(generator: TextGenerator, folder: Path, max_new_tokens: int, si
 
 
 def write_vocabulary(encoder: Encoder, folder: Path) -> None:
-    """Writes ``encoder.json`` and ``vocab.bpe`` as OpenAI did."""
+    """Writes ``encoder.json`` and ``vocab.bpe`` in OpenAI's form."""
     write_json(encoder.encoder, folder / "encoder.json")
     merges = sorted(encoder.bpe_ranks, key=encoder.bpe_ranks.__getitem__)
     lines = ["#version: 0.2", *map(" ".join, merges)]
@@ -297,12 +295,12 @@ def write_vocabulary(encoder: Encoder, folder: Path) -> None:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Writes JSON; short values indented, for people."""
+    """Writes JSON; indents short values, for people."""
     path.write_text(json.dumps(value, indent=None if len(value) > 100 else 2) + "\n", encoding="utf-8")
 
 
 def hash_weights(model: GPT2Model) -> str:
-    """Gives one SHA-256 of all weights, in the order of the parameter tree, as they are stored."""
+    """Computes one SHA-256 of all weights as stored, in the order of the parameter tree."""
     digest = hashlib.sha256()
     for path, leaf in leaves(model.leaf_tree()):
         for variable in leaf.variables:

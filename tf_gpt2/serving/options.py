@@ -1,7 +1,7 @@
-"""Options of a request: what a server's client may say per row, checked inside the graph.
+"""Checks inside the graph the options that a server's client sends per row.
 
-A row that asks for what cannot be gets a sentence instead of text, and the other rows what they would get alone; only
-a number of values that fits no number of rows fails the request. Knows nothing of models.
+A row with an impossible option gets an error's sentence instead of text, and the other rows get the same as alone. Only
+a wrong number of values fails the request. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SERVED_RULES = {
     "seed": Rule(0, np.int64, lambda x: x >= 0, "at least 0"),
     "n_tokens": Rule(16, np.int64, lambda x: x >= 1, "at least 1"),
 }
-"""What each option must be; those of ``tf_gpt2.generate``, but a seed is below 2**63."""
+"""The rule of each option: those of ``tf_gpt2.generate``, but a seed is below 2**63."""
 
 GENERATE_OPTIONS = tuple(name for name in SERVED_RULES if name != "n_tokens")
 NEXT_OPTIONS = ("n_tokens", *GENERATE_OPTIONS)
@@ -32,42 +32,42 @@ Options = Mapping[str, tf.Tensor]
 
 
 def option_dtype(name: str) -> tf.DType:
-    """Gives the dtype in which clients send an option."""
+    """Returns the dtype in which clients send an option."""
     if name == "seed":
         return tf.int64
     return tf.float32 if SERVED_RULES[name].dtype is np.float32 else tf.int32
 
 
 def option_default(name: str, max_new_tokens: int) -> tf.Tensor:
-    """Gives what an option is where a client does not say: one value, (1,), for all rows."""
+    """Returns the value of an option that a client does not send: one value, (1,), for all rows."""
     value = max_new_tokens if name == "max_new_tokens" else SERVED_RULES[name].default
     return tf.constant([value], option_dtype(name))
 
 
 def neutral(name: str) -> tf.Tensor:
-    """Gives the value that changes nothing, (), for a row that nobody reads."""
+    """Returns the value that changes nothing, (), for a row that nobody reads."""
     return option_default(name, 0)[0]
 
 
 class Checked(NamedTuple):
-    """Options that can be computed with.
+    """Options with a valid value in each row.
 
     Attributes:
         options: each (B,); the defaults in rows with an error.
-        errors: string (B,), a sentence, or nothing where all is right.
+        errors: string (B,), a sentence, or "" where the options are valid.
     """
 
     options: Options
     errors: tf.Tensor
 
 
-def check_options(given: Options, n_rows: tf.Tensor) -> Checked:
-    """Spreads each option over the rows, and says which rows cannot be served.
+def check_options(sent: Options, n_rows: tf.Tensor) -> Checked:
+    """Spreads each option over the rows, and finds the rows that cannot be served.
 
     Raises:
         tf.errors.InvalidArgumentError: when an option has neither one value nor one per row.
     """
-    spread = {name: per_row(name, values, n_rows) for name, values in given.items()}
+    spread = {name: per_row(name, values, n_rows) for name, values in sent.items()}
     errors = tf.fill([n_rows], "")
     for name, values in spread.items():
         rule = SERVED_RULES[name]
@@ -77,7 +77,7 @@ def check_options(given: Options, n_rows: tf.Tensor) -> Checked:
 
 
 def per_row(name: str, values: tf.Tensor, n_rows: tf.Tensor) -> tf.Tensor:
-    """Gives (B,) from (B,) or (1,)."""
+    """Returns an option's values for all rows: (B,) or (1,) -> (B,)."""
     n_values = tf.size(values)
     fits = (n_values == 1) | (n_values == n_rows)
     sentence = (f"{name} must have one value, or one per row, got", n_values, "for", n_rows, "rows")
@@ -85,10 +85,10 @@ def per_row(name: str, values: tf.Tensor, n_rows: tf.Tensor) -> tf.Tensor:
 
 
 def require(values: Any, condition: tf.Tensor, *message: str | tf.Tensor) -> Any:
-    """Gives tensors, or fails the request when a condition does not hold.
+    """Returns the tensors as they are, or fails the request when a condition does not hold.
 
-    Compute with what it gives: operations on the tensors before would run beside the check, and may fail first with
-    words that help nobody.
+    Compute with the returned tensors: only they depend on the check. Operations on the given ones run beside it, and
+    may fail first with a message that does not help.
 
     Args:
         values: a tensor, or a tuple of them.
@@ -101,17 +101,17 @@ def require(values: Any, condition: tf.Tensor, *message: str | tf.Tensor) -> Any
 
 
 def first_error(errors: tf.Tensor, holds: tf.Tensor, sentence: str | tf.Tensor) -> tf.Tensor:
-    """Adds a sentence where a condition fails and there is no other yet."""
-    # never "not holds": TensorFlow makes "x > 1" of "not x <= 1", which is false for NaN
+    """Adds a sentence in rows where a condition fails and no other has failed before."""
+    # never "not holds": TensorFlow rewrites "not x <= 1" to "x > 1", which is false for NaN
     return tf.where((errors != "") | holds, errors, sentence)
 
 
-def make_sampling(options: Options, n_vocab: int) -> Sampling:
-    """Says how to choose, from checked options."""
+def sampling_from(options: Options, n_vocab: int) -> Sampling:
+    """Makes the sampling settings from checked options."""
     seeds = options["seed"]  # (B,)
     words = tf.stack([seeds & 0xFFFFFFFF, tf.bitwise.right_shift(seeds, tf.constant(32, tf.int64))], axis=1)
     of_rows = {name: options[name] for name in Processing._fields if name in options}
     processing = Processing(bias=tf.zeros([n_vocab]), bad_words=tf.fill([1, 1], -1), **of_rows)
-    own = {name: options[name] for name in Sampling._fields if name in options}
-    own |= dict.fromkeys(("n_before", "n_new"), tf.zeros_like(options["top_k"]))
-    return Sampling(seeds=tf.cast(words, tf.uint32), processing=processing, **own)
+    settings = {name: options[name] for name in Sampling._fields if name in options}
+    settings |= dict.fromkeys(("n_before", "n_new"), tf.zeros_like(options["top_k"]))
+    return Sampling(seeds=tf.cast(words, tf.uint32), processing=processing, **settings)

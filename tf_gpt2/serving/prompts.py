@@ -1,4 +1,4 @@
-"""Texts -> ids that fit the window, inside the graph; a row that does not fit gets a sentence instead.
+"""Encodes texts inside the graph to ids that fit the window; a row that does not fit gets an error's sentence instead.
 
 Knows nothing of models.
 """
@@ -14,9 +14,9 @@ from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.tokenizer.in_graph import InGraphEncoder
 
 MOST_BYTES = 2**22
-"""Bytes of text in one request: to encode them takes some 0.7 GB."""
+"""Most bytes of text in one request: encoding them takes some 0.7 GB."""
 MOST_POSITIONS = 2**15
-"""Rows times positions of one request: 32 rows of 1,024 tokens. With 124M's shapes they take some 8 GB."""
+"""Most rows times positions of one request: 32 rows of 1,024 tokens. With 124M's shapes they take some 8 GB."""
 
 
 class Rows(NamedTuple):
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     Attributes:
         ids: int32 (B, T), right-padded.
         lengths: int32 (B,).
-        errors: string (B,), a sentence, or nothing where all is right; such rows have length 0.
+        errors: string (B,), a sentence for a row that is not served, whose length is then 0; else "".
     """
 
     ids: tf.Tensor
@@ -45,7 +45,7 @@ class PromptReader:
         self.in_graph = InGraphEncoder(encoder)
         self.end_of_text = encoder.end_of_text
         self.n_ctx = n_ctx
-        # A text of more bytes has too many tokens, whatever they are: so nobody makes the server read megabytes.
+        # A text of more bytes has too many tokens in any case, so the server need not encode megabytes to know it.
         self.most_bytes = n_ctx * max(len(encoder.decode_bytes([token_id])) for token_id in encoder.decoder)
 
     def read(self, texts: tf.Tensor, most_tokens: tf.Tensor, *, keep_end: bool = False) -> Rows:
@@ -54,9 +54,9 @@ class PromptReader:
         Args:
             texts: string (B,).
             most_tokens: int32 (), at least 1.
-            keep_end: take the end of a text that is longer; otherwise it is an error.
+            keep_end: whether to take the end of a longer text; otherwise a longer text is an error.
         """
-        texts = check_positions(texts, tf.size(texts), 1)  # at the least, before anything is made for each row
+        texts = check_positions(texts, tf.size(texts), 1)  # a lower bound, checked before any tensor is made per row
         n_bytes = tf.strings.length(texts)
         is_long = n_bytes > self.most_bytes
         if keep_end:
@@ -69,18 +69,18 @@ class PromptReader:
             starts, errors = tf.maximum(lengths - most_tokens, 0), tf.fill(tf.shape(lengths), "")
         else:
             starts, errors = tf.zeros_like(lengths), self.errors(lengths, is_long, most_tokens)
-        kept = tf.where(errors == "", tf.minimum(lengths, most_tokens), 0)
-        kept = check_positions(kept, tf.size(kept), longest(kept))
-        return Rows(cut(ids, starts, kept), kept, errors)
+        n_kept = tf.where(errors == "", tf.minimum(lengths, most_tokens), 0)
+        n_kept = check_positions(n_kept, tf.size(n_kept), longest(n_kept))
+        return Rows(cut(ids, starts, n_kept), n_kept, errors)
 
     def encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Turns texts into ids: string (B,) -> int32 (B, T), T ragged; fails the request when they are too many."""
+        """Turns texts into ids: string (B,) -> int32 (B, T), T ragged; fails the request when texts are too long."""
         n_bytes = tf.reduce_sum(tf.cast(tf.strings.length(texts), tf.int64))
         sentence = ("text has", n_bytes, f"bytes in all rows, at most {MOST_BYTES} are possible; send less at once")
         return self.in_graph.encode(require(texts, n_bytes <= MOST_BYTES, *sentence))
 
     def errors(self, lengths: tf.Tensor, is_long: tf.Tensor, most_tokens: tf.Tensor) -> tf.Tensor:
-        """Says which texts are too long: string (B,)."""
+        """Returns an error's sentence for each text that is too long, else "": string (B,)."""
         n_tokens = tf.where(is_long, "too many", tf.strings.as_string(lengths))
         sentence = tf.strings.join(
             ["text has ", n_tokens, " tokens, at most ", tf.strings.as_string(most_tokens), " are possible; shorten it"]
@@ -100,17 +100,17 @@ class PromptReader:
 
 
 def longest(lengths: tf.Tensor) -> tf.Tensor:
-    """Gives the largest length, 0 of no rows: int32 (B,) -> int32 ()."""
+    """Returns the largest length, 0 for no rows: int32 (B,) -> int32 ()."""
     return tf.reduce_max(tf.concat([lengths, [0]], axis=0))
 
 
 def places_of(n_rows: tf.Tensor, width: tf.Tensor | int) -> tf.Tensor:
-    """Returns rows times width, int64 (); what is empty counts as one, for a row without ids takes memory as well."""
+    """Returns rows times width, int64 (); 0 counts as 1 in both, because a row without ids takes memory, too."""
     return tf.cast(tf.maximum(n_rows, 1), tf.int64) * tf.cast(tf.maximum(width, 1), tf.int64)
 
 
 def check_positions(x: tf.Tensor, n_rows: tf.Tensor, n_positions: tf.Tensor | int) -> tf.Tensor:
-    """Returns ``x``, or fails the request when it has more positions than the memory may hold."""
+    """Returns ``x``, or fails the request when rows times positions exceed ``MOST_POSITIONS``."""
     n_places = places_of(n_rows, n_positions)
     sentence = f"a request must have at most {MOST_POSITIONS} positions, rows times tokens: send fewer rows; got"
     return require(x, n_places <= MOST_POSITIONS, sentence, n_places)
@@ -126,16 +126,18 @@ def cut(ids: tf.RaggedTensor, starts: tf.Tensor, lengths: tf.Tensor) -> tf.Tenso
 
 
 def one_length_per_row(ids: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Gives both, or fails the request when they are not of one another."""
+    """Returns both, or fails the request when there is not one length per row of ids."""
     n_lengths, n_rows = tf.size(lengths), tf.shape(ids)[0]
     sentence = ("lengths must have one value per row of ids, got", n_lengths, "for", n_rows, "rows")
     return require((ids, lengths), n_lengths == n_rows, *sentence)
 
 
-def check_ids(ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: int, least_tokens: int = 0) -> Rows:
+def check_sent_ids(
+    ids: tf.Tensor, lengths: tf.Tensor, *, n_vocab: int, most_tokens: int, least_tokens: int = 0
+) -> Rows:
     """Checks rows of ids that a client sent: int32 (B, T), int32 (B,).
 
-    The request's positions are those that were sent, whatever ``lengths`` says: what is computed here has their shape.
+    The request's positions are those of ``ids``, whatever ``lengths`` says: the tensors computed here have that shape.
     """
     ids, lengths = one_length_per_row(check_positions(ids, tf.shape(ids)[0], tf.shape(ids)[1]), lengths)
     width = tf.shape(ids)[1]
@@ -168,10 +170,10 @@ def join(first: Rows, second: Rows, *, most_tokens: int) -> Rows:
     sentence = tf.strings.join(["text and ids have ", n_tokens, f" tokens, at most {most_tokens} are possible"])
     errors = first_error(errors, lengths <= most_tokens, sentence)
     lengths = tf.where(errors == "", lengths, 0)
-    both = tf.concat([first.ids, second.ids], axis=1)  # (B, T1 + T2)
-    columns = tf.range(tf.shape(both)[1])[None]
+    joined = tf.concat([first.ids, second.ids], axis=1)  # (B, T1 + T2)
+    columns = tf.range(tf.shape(joined)[1])[None]
     is_first = columns < first.lengths[:, None]
     places = tf.where(is_first, columns, columns - first.lengths[:, None] + tf.shape(first.ids)[1])
     places = tf.where(columns < lengths[:, None], places, 0)
-    ids = tf.where(columns < lengths[:, None], tf.gather(both, places, batch_dims=1), 0)
+    ids = tf.where(columns < lengths[:, None], tf.gather(joined, places, batch_dims=1), 0)
     return Rows(ids, lengths, errors)

@@ -1,8 +1,8 @@
-"""The functions that a SavedModel offers: text, ids and options in, text, ids and numbers out.
+"""Defines the functions of a SavedModel: they take text, ids and options, and return text, ids and numbers.
 
-Each takes tensors whose first axis is the rows of a batch, and gives named tensors. What one row holds, however wrong,
-changes no other row. The plain functions hold nothing of XLA, which a server has switched off; their twins, which XLA
-compiles, have the same inputs and outputs.
+Each takes tensors whose first axis is the rows of a batch, and returns named tensors. A row, however wrong, changes no
+other row. The plain functions do not use XLA, which is off in a server by default; each function that XLA compiles has
+the inputs and outputs of a plain one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from tf_gpt2.serving.options import (
     Options,
     check_options,
     first_error,
-    make_sampling,
     neutral,
     option_default,
     option_dtype,
     require,
+    sampling_from,
 )
 from tf_gpt2.serving.prompts import (
     PromptReader,
     Rows,
-    check_ids,
     check_positions,
+    check_sent_ids,
     cut,
     join,
     longest,
@@ -42,9 +42,9 @@ from tf_gpt2.serving.text import certain_text
 from tf_gpt2.text.generator import TextGenerator
 
 MOST_LOGITS = 2**26
-"""Numbers that ``logits`` returns at once, more than a window of OpenAI's: tensors take 0.8 GB, as JSON 1.5 GB more."""
+"""Most numbers that ``logits`` returns, enough for a window of OpenAI's: 0.8 GB as tensors, 1.5 GB more as JSON."""
 MOST_IDS = 2**22
-"""Rows times ids of the longest row that ``encode`` returns, and ``decode`` takes; an empty row counts as one id."""
+"""Most rows times ids of the longest row that ``encode`` returns and ``decode`` takes; an empty row counts as 1."""
 
 Outputs = dict[str, tf.Tensor]
 TEXT = tf.TensorSpec([None], tf.string, "text")
@@ -53,7 +53,7 @@ LENGTHS = tf.TensorSpec([None], tf.int32, "lengths")
 
 
 class Generated(NamedTuple):
-    """What was generated, without the padding.
+    """The generated ids, without the padding.
 
     Attributes:
         ids: int32 (B, N), the new ids, zero-padded.
@@ -72,8 +72,8 @@ class ServedFunctions:
     """A generator's functions for one graph.
 
     Args:
-        generator: must outlive them.
-        reader: of its vocabulary; plain functions and twins share one, and its tables.
+        generator: must outlive the functions.
+        reader: reads with the generator's vocabulary; plain and compiled functions share one, and its tables.
         max_new_tokens: for ``serving_default``, and for clients that do not say.
         xla: whether XLA compiles them.
     """
@@ -86,7 +86,7 @@ class ServedFunctions:
         self.loop = GraphLoop(generator.model, xla=xla)
 
     def signatures(self) -> dict[str, Any]:
-        """Gives each function as a ``tf.function`` with its input signature, by name."""
+        """Returns each function as a ``tf.function`` with its input signature, by name."""
         suffix = "_xla" if self.loop.xla else ""
         inputs: dict[str, tuple[Callable[..., Outputs], Sequence[tf.TensorSpec], Sequence[str]]] = {
             "serving_default": (self.continue_text, [TEXT], ()),
@@ -99,12 +99,12 @@ class ServedFunctions:
         }
         if not self.loop.xla:
             inputs |= {"encode": (self.encode, [TEXT], ()), "decode": (self.decode, [IDS, LENGTHS], ())}
-        return {name + suffix: self._as_signature(*of_one) for name, of_one in inputs.items()}
+        return {name + suffix: self._as_signature(*parts) for name, parts in inputs.items()}
 
     def _as_signature(
         self, function: Callable[..., Outputs], specs: Sequence[tf.TensorSpec], options: Sequence[str]
     ) -> Any:
-        """Gives options their places behind the inputs, with defaults that a SavedModel keeps."""
+        """Adds options to a function's parameters, behind the inputs, with defaults that a SavedModel keeps."""
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(spec.name, kind) for spec in specs]
         for name in options:
@@ -113,9 +113,9 @@ class ServedFunctions:
         signature = inspect.Signature(parameters)
 
         def named(*args: Any, **kwargs: Any) -> Outputs:
-            given = signature.bind(*args, **kwargs).arguments
-            inputs = [given.pop(spec.name) for spec in specs]
-            return function(*inputs, **given)
+            arguments = signature.bind(*args, **kwargs).arguments
+            inputs = [arguments.pop(spec.name) for spec in specs]
+            return function(*inputs, **arguments)
 
         named.__signature__ = signature  # type: ignore[attr-defined]
         named.__name__ = function.__name__
@@ -123,7 +123,7 @@ class ServedFunctions:
         return tf.function(named, input_signature=[*specs, *option_specs], autograph=False)
 
     def continue_text(self, text: tf.Tensor) -> Outputs:
-        """Continues texts greedily; takes the end of those that are too long."""
+        """Continues texts greedily; of a text that is too long, only the end."""
         most_tokens = tf.constant(max(1, self.config.n_ctx - self.max_new_tokens))
         rows = self.reader.start_empty(self.reader.read(text, most_tokens, keep_end=True))
         options = {name: option_default(name, self.max_new_tokens) for name in GENERATE_OPTIONS}
@@ -132,38 +132,38 @@ class ServedFunctions:
     def generate(self, text: tf.Tensor, **options: tf.Tensor) -> Outputs:
         """Continues texts as each row's options say."""
         rows = self.reader.start_empty(self.reader.read(text, tf.constant(self.config.n_ctx - 1)))
-        found = self._generate(rows, rows.lengths, options)
-        return {"text": self._text(found), **name_outputs(found), "prompt_length": rows.lengths}
+        generated = self._generate(rows, rows.lengths, options)
+        return {"text": self._text(generated), **name_outputs(generated), "prompt_length": rows.lengths}
 
     def generate_ids(self, ids: tf.Tensor, lengths: tf.Tensor, **options: tf.Tensor) -> Outputs:
         """Continues rows of ids."""
         n_vocab, most_tokens = self.config.n_vocab, self.config.n_ctx - 1
-        rows = check_ids(ids, lengths, n_vocab=n_vocab, most_tokens=most_tokens, least_tokens=1)
+        rows = check_sent_ids(ids, lengths, n_vocab=n_vocab, most_tokens=most_tokens, least_tokens=1)
         return name_outputs(self._generate(rows, rows.lengths, options))
 
     def next(self, text: tf.Tensor, ids: tf.Tensor, lengths: tf.Tensor, **options: tf.Tensor) -> Outputs:
-        """Appends the next tokens to what clients got so far, for those that show text as it comes."""
+        """Appends the next tokens to those that a client got before, for clients that show text as it comes."""
         prompts = self.reader.start_empty(self.reader.read(text, tf.constant(self.config.n_ctx - 1)))
-        said = check_ids(ids, lengths, n_vocab=self.config.n_vocab, most_tokens=self.config.n_ctx)
-        found = self._generate(join(prompts, said, most_tokens=self.config.n_ctx), prompts.lengths, options)
+        earlier = check_sent_ids(ids, lengths, n_vocab=self.config.n_vocab, most_tokens=self.config.n_ctx)
+        generated = self._generate(join(prompts, earlier, most_tokens=self.config.n_ctx), prompts.lengths, options)
         return {
-            "ids": found.ids,
-            "lengths": found.lengths,
-            "text": self._text(found),
-            "finish_reason": found.finish_reason,
+            "ids": generated.ids,
+            "lengths": generated.lengths,
+            "text": self._text(generated),
+            "finish_reason": generated.finish_reason,
         }
 
     def score(self, text: tf.Tensor) -> Outputs:
-        """Says how likely each token is behind those before it, the first behind ``<|endoftext|>``."""
+        """Computes each token's log-probability, given the tokens before it; of the first, given ``<|endoftext|>``."""
         rows = self.reader.read(text, tf.constant(self.config.n_ctx))
         n_rows = tf.shape(text)[0]
         targets = self._pad(rows.ids)  # (B', T)
         start = -1 if self.reader.end_of_text is None else self.reader.end_of_text
-        known = tf.concat([tf.fill([tf.shape(targets)[0], 1], max(start, 0)), targets[:, :-1]], axis=1)
-        if start < 0:  # nothing before the first token: it is context, and a row's other tokens are as they are alone
-            known = targets
+        context = tf.concat([tf.fill([tf.shape(targets)[0], 1], max(start, 0)), targets[:, :-1]], axis=1)
+        if start < 0:  # no token can stand before the first one, so that gets 0; the others are scored as usual
+            context = targets
             targets = tf.pad(targets[:, 1:], [[0, 0], [0, 1]])
-        logprobs = self.loop.logprobs(known, targets)
+        logprobs = self.loop.logprobs(context, targets)
         if start < 0:
             logprobs = tf.pad(logprobs[:, :-1], [[0, 0], [1, 0]])
         columns = tf.range(tf.shape(rows.ids)[1])[None]
@@ -177,7 +177,7 @@ class ServedFunctions:
         }
 
     def embed(self, text: tf.Tensor) -> Outputs:
-        """Gives the last hidden state: its mean over the text, and at its last token."""
+        """Returns the last hidden state: its mean over the text, and its value at the last token."""
         rows = self.reader.start_empty(self.reader.read(text, tf.constant(self.config.n_ctx)))
         n_rows = tf.shape(text)[0]
         hidden = self.loop.hidden_states(self._pad(rows.ids))[:n_rows]  # (B, T, C)
@@ -189,11 +189,11 @@ class ServedFunctions:
         return {"mean": tf.where(is_right, mean, 0.0), "last": tf.where(is_right, last, 0.0), "error": rows.errors}
 
     def logits(self, ids: tf.Tensor, lengths: tf.Tensor) -> Outputs:
-        """Gives the logits at each position; 0 behind a row's length, and in a row with an error."""
+        """Computes the logits at each position; 0 behind a row's length, and in a row with an error."""
         n_vocab, n_ctx = self.config.n_vocab, self.config.n_ctx
         n_rows, width = tf.shape(ids)[0], tf.shape(ids)[1]
         ids = at_most(ids, MOST_LOGITS // n_vocab)
-        rows = check_ids(ids, lengths, n_vocab=n_vocab, most_tokens=n_ctx)
+        rows = check_sent_ids(ids, lengths, n_vocab=n_vocab, most_tokens=n_ctx)
         logits = self.loop.logits(self._pad(rows.ids))[:n_rows]  # (B, T', V)
         logits = tf.pad(logits, [[0, 0], [0, tf.maximum(width - tf.shape(logits)[1], 0)], [0, 0]])[:, :width]
         is_inside = tf.range(width)[None] < rows.lengths[:, None]  # (B, T)
@@ -209,23 +209,23 @@ class ServedFunctions:
         return {"ids": cut(ids, tf.zeros_like(lengths), lengths), "lengths": lengths}
 
     def decode(self, ids: tf.Tensor, lengths: tf.Tensor) -> Outputs:
-        """Turns ids into texts; U+FFFD for an id that there is not. Lengths beyond the ids end where they do."""
+        """Turns ids into texts; an unknown id becomes U+FFFD. A length beyond the ids counts as their number."""
         ids, lengths = one_length_per_row(at_most(ids, MOST_IDS), lengths)
         lengths = tf.clip_by_value(lengths, 0, tf.shape(ids)[1])
         return {"text": certain_text(self.reader.in_graph, ids, lengths, tf.fill(tf.shape(lengths), True))}
 
-    def _text(self, found: Generated) -> tf.Tensor:
-        return certain_text(self.reader.in_graph, found.ids, found.lengths, found.finish_reason != "")
+    def _text(self, generated: Generated) -> tf.Tensor:
+        return certain_text(self.reader.in_graph, generated.ids, generated.lengths, generated.finish_reason != "")
 
     def _pad(self, ids: tf.Tensor, n_positions: tf.Tensor | None = None) -> tf.Tensor:
-        """Pads rows to a shape that the model is run on, which must not be too large: (B, T) -> (B', T')."""
+        """Pads rows to a shape that the model runs on; fails if that is too large: (B, T) -> (B', T')."""
         n_rows = self.loop.n_rows(tf.shape(ids)[0])
         width = self.loop.n_positions(tf.shape(ids)[1])
         ids = check_positions(ids, n_rows, width if n_positions is None else n_positions)
         return tf.pad(ids, [[0, n_rows - tf.shape(ids)[0]], [0, width - tf.shape(ids)[1]]])
 
     def _generate(self, rows: Rows, prompt_lengths: tf.Tensor, options: Options) -> Generated:
-        """Continues rows up to what their options say; rows with an error stay as they are."""
+        """Continues rows as their options say; rows with an error stay as they are."""
         n_rows = tf.shape(rows.ids)[0]
         options, errors = check_options(options, n_rows)
         errors = first_error(rows.errors, errors == "", errors)
@@ -252,7 +252,7 @@ class ServedFunctions:
         )
 
     def _continue(self, rows: Rows, prompt_lengths: tf.Tensor, options: Options, limits: tf.Tensor) -> Continued:
-        """Pads to the shapes that the loop is run on, and cuts off what was padded."""
+        """Pads the rows to shapes that the loop runs on, and cuts the padding off the result."""
         n_rows = tf.shape(rows.ids)[0]
         width = tf.reduce_max(tf.concat([rows.lengths, limits], axis=0))
         ids = self._pad(rows.ids[:, : self.config.n_ctx], self.loop.n_positions(width))
@@ -264,7 +264,7 @@ class ServedFunctions:
         lengths = tf.maximum(pad(rows.lengths), 1)
         prompts = Prompts(ids, lengths, tf.minimum(pad(prompt_lengths), lengths))
         spread = {name: tf.pad(x, padding, constant_values=neutral(name)) for name, x in options.items()}
-        sampling = make_sampling(spread, self.config.n_vocab)
+        sampling = sampling_from(spread, self.config.n_vocab)
         continued = self.loop.generate(prompts, sampling, Limits(pad(limits), tf.constant(self.stop_ids)))
         return Continued(*(x[:n_rows] for x in continued))
 
@@ -277,16 +277,16 @@ def check_encoded(x: tf.Tensor, n_rows: tf.Tensor, width: tf.Tensor | int) -> tf
 
 
 def at_most(ids: tf.Tensor, most_places: int) -> tf.Tensor:
-    """Returns ids, or fails the request when there are more: int32 (B, T)."""
+    """Returns ids, int32 (B, T), or fails the request when they have more than ``most_places`` places."""
     n_places = places_of(tf.shape(ids)[0], tf.shape(ids)[1])
     return require(ids, n_places <= most_places, f"ids must have at most {most_places} places in all, got", n_places)
 
 
-def name_outputs(found: Generated) -> Outputs:
-    """Names what clients get of a generation."""
+def name_outputs(generated: Generated) -> Outputs:
+    """Returns the outputs of a generation under the names that clients see."""
     return {
-        "ids": found.ids,
-        "logprobs": found.logprobs,
-        "finish_reason": found.finish_reason,
-        "completion_length": found.lengths,
+        "ids": generated.ids,
+        "logprobs": generated.logprobs,
+        "finish_reason": generated.finish_reason,
+        "completion_length": generated.lengths,
     }

@@ -1,4 +1,4 @@
-"""Ids -> text inside the graph, as far as it is certain. Knows nothing of models."""
+"""Decodes ids to text inside the graph, without a last character that later ids may change. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def certain_text(in_graph: InGraphEncoder, ids: tf.Tensor, lengths: tf.Tensor, i
         in_graph: the vocabulary; an id that it lacks becomes U+FFFD.
         ids: int32 (B, N), right-padded.
         lengths: int32 (B,).
-        is_whole: bool (B,), whether no more ids come; then nothing is held back.
+        is_whole: bool (B,), whether no more ids come, so that all of the text is certain.
 
     Returns:
-        string (B,), of UTF-8.
+        string (B,), UTF-8.
     """
     encoded = in_graph.decode_bytes(tf.RaggedTensor.from_tensor(ids, lengths))
     n_held = tf.where(is_whole, 0, unfinished(encoded))
@@ -27,7 +27,7 @@ def certain_text(in_graph: InGraphEncoder, ids: tf.Tensor, lengths: tf.Tensor, i
 
 
 def unfinished(encoded: tf.Tensor) -> tf.Tensor:
-    """Counts the bytes at the end that begin a character and do not end it: string (B,) -> int32 (B,)."""
+    """Counts the bytes at the end that are the beginning of a character: string (B,) -> int32 (B,)."""
     n_bytes = tf.strings.length(encoded)
     n_tail = tf.minimum(n_bytes, LONGEST_CHARACTER - 1)
     tail = tf.strings.substr(encoded, n_bytes - n_tail, n_tail)

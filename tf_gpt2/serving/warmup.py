@@ -1,7 +1,7 @@
-"""Warm-up records: requests that a server answers to itself while it loads a version, so that no client waits for that.
+"""Writes warm-up records: requests that a server runs while it loads a version, so that no client waits for first runs.
 
-A record that fails makes the load fail, so a list holds only what the server at hand can run: a default server refuses
-compiled signatures. Knows nothing of models or of how they are exported.
+A record that fails makes the load fail, so a version holds only records that its server can run: by default a server
+refuses compiled signatures. Knows nothing of models or of their export.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
 RECORDS_PATH = "assets.extra/tf_serving_warmup_requests"
-"""Where a server looks for the records, in a version's folder."""
+"""The file in a version's folder in which a server looks for the records."""
 
 MOST_RECORDS = 1000
-"""A server refuses to load a version with more.
+"""The most records: a server refuses to load a version with more.
 
 Source: TensorFlow Serving, ``servables/tensorflow/saved_model_warmup_util.h``.
 """
 
 TEXTS = ("Hello", "The quick brown fox jumps over the lazy dog. " * 3)
-"""A short prompt and a longer one: the first runs of either set up what later ones find ready."""
+"""A short prompt and a longer one: the first run of each sets up parts of the graph that later runs reuse."""
 
-N_TOKENS = 4  # enough for steps behind the first, and quick
+N_TOKENS = 4  # few, but more than one step
 
 ASKED: tuple[Mapping[str, float], ...] = (
     {},
@@ -41,23 +41,23 @@ ASKED: tuple[Mapping[str, float], ...] = (
     {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5, "no_repeat_ngram_size": 3},
     {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "min_new_tokens": 1, "seed": 1},
 )
-"""Options that people ask for: what a graph does for some of them is set up when a request first has them."""
+"""Common options: the first request with an option sets up the graph's operations for it."""
 
 IDS = {"ids": np.array([[0, 1, 2]], np.int32), "lengths": np.array([3], np.int32)}
 """A row of ids that any vocabulary has."""
 
-TWINS = ("serving_default", "generate", "generate_ids", "score", "logits", "embed", "next")
-"""Signatures that have compiled twins."""
+COMPILED = ("serving_default", "generate", "generate_ids", "score", "logits", "embed", "next")
+"""Signatures that have a compiled version."""
 
 Request = tuple[str, Mapping[str, np.ndarray]]
-"""A signature's name and its inputs; options that are left out get the signature's defaults."""
+"""A signature's name and its inputs; omitted options get the signature's defaults."""
 
 
 def plain_requests() -> list[Request]:
     """Returns small requests for each signature that is not compiled.
 
-    Each has one row, which a server with any size of batches takes. ``serving_default`` has one request, a short one:
-    how much it generates was fixed at export.
+    Each has one row, which a server accepts whatever its batch sizes. ``serving_default`` has one short request,
+    because the number of its new tokens was fixed at export.
     """
     requests: list[Request] = [("serving_default", texts_of(TEXTS[0])), ("decode", IDS), ("logits", IDS)]
     for text in TEXTS:
@@ -83,12 +83,12 @@ def continuing(text: str, asked: Mapping[str, float]) -> list[Request]:
 
 
 def xla_requests() -> list[Request]:
-    """Gives ``plain_requests`` for compiled twins: only for servers with ``--xla_cpu_compilation_enabled=true``."""
-    return [(f"{name}_xla", inputs) for name, inputs in plain_requests() if name in TWINS]
+    """Returns ``plain_requests`` for compiled signatures: for servers with ``--xla_cpu_compilation_enabled=true``."""
+    return [(f"{name}_xla", inputs) for name, inputs in plain_requests() if name in COMPILED]
 
 
 def texts_of(*texts: str) -> dict[str, np.ndarray]:
-    """Gives the input of signatures that take text."""
+    """Returns the input of signatures that take text."""
     return {"text": np.array([text.encode() for text in texts], object)}
 
 
@@ -97,12 +97,12 @@ def write_warmup_records(path: str | Path, model_name: str, requests: Sequence[R
 
     Args:
         path: the file, ``RECORDS_PATH`` in a version's folder; it is replaced, and its folder is made.
-        model_name: by which the server knows the model.
+        model_name: the model's name in the server.
         requests: at most 1000.
 
     Raises:
         ImportError: when the serving protos are not installed.
-        ValueError: on no requests, or more than 1000, or a model without a name.
+        ValueError: when there are no requests, or more than 1000, or the name is empty.
     """
     if not model_name:
         raise ValueError("model_name must be the model's name in the server, got ''")
@@ -116,7 +116,7 @@ def write_warmup_records(path: str | Path, model_name: str, requests: Sequence[R
 
 
 def make_log(model_name: str, signature_name: str, inputs: Mapping[str, Any]) -> PredictionLog:
-    """Gives the record of one request.
+    """Makes the record of one request.
 
     Raises:
         ImportError: when the serving protos are not installed.

@@ -1,1 +1,1 @@
-"""Text <-> token ids."""
+"""Converts between text and token ids: in Python, and inside a TensorFlow graph."""

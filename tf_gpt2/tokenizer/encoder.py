@@ -1,8 +1,8 @@
-"""Text to token ids and back: GPT-2's byte-level byte-pair encoding, exact for any string and any list of merges.
+"""Converts text to token ids and back by GPT-2's byte-level byte-pair encoding, exact for any text and any merges.
 
 Text is cut into pieces (``PATTERN``: a word with its leading space, a number, a run of punctuation, of white space).
 The UTF-8 bytes of a piece become symbols, one visible character per byte, and neighbouring symbols are merged in the
-order of ``vocab.bpe`` until no merge applies. ``encoder.json`` names the id of each symbol that is left.
+order of ``vocab.bpe`` until no merge applies. ``encoder.json`` lists the id of each remaining symbol.
 
 Knows nothing of models, of batches or of TensorFlow.
 """
@@ -30,22 +30,22 @@ PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 """Cuts text into pieces. Source: openai/gpt-2, ``src/encoder.py``."""
 
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-r"""What ``\s`` means in ``PATTERN``; that of ``re`` has U+001C to U+001F too. Source: Unicode, White_Space."""
+r"""The characters that ``\s`` matches in ``PATTERN``; in ``re`` it matches U+001C to U+001F, too. Source: Unicode."""
 
 CHUNK = re.compile(f"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
-"""Cuts text before each run of white space, where a piece always ends: none has white space after anything else."""
+"""Cuts text before each run of white space, where a piece always ends: white space only begins a piece."""
 
 MAX_CACHE_ENTRIES = 1 << 17
-"""The cache is emptied when it has so many entries: about 20 MB for English, 100 MB for the worst of texts."""
+"""The cache is emptied when it has so many entries: about 20 MB for English, 100 MB for the worst text."""
 
 MAX_CACHED_LENGTH = 64
-"""Characters and ids of one entry together: longer strings seldom come back, and must not fill the memory."""
+"""Most characters and ids of one cache entry, together: longer strings seldom recur, and would fill the memory."""
 
 MAX_ID = 2**31 - 1
-"""Models take ids as int32."""
+"""The largest id: models take ids as int32."""
 
 MOST_BYTES = 1 << 28
-"""Of either file; OpenAI's have about 1 MB."""
+"""Upper bound of either file's length; OpenAI's have about 1 MB."""
 
 REMEDY = "download the checkpoint again, as with tf_gpt2.download_gpt2_files"
 COPY = "copy it from the checkpoint that the weights were trained from, or download it with tf_gpt2.download_gpt2_files"
@@ -54,16 +54,16 @@ Pair = tuple[str, str]
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """Gives each byte a visible character: itself where it has one in Latin-1, else one from U+0100 on.
+    """Returns a visible character for each byte: its Latin-1 character if that is visible, else one from U+0100 on.
 
-    So a token is a string without blanks or control characters, whatever its bytes: a space shows as ``Ġ``. The order
+    So a token is a string without blanks or control characters, whatever its bytes: a space becomes ``Ġ``. The order
     is that of the first 256 ids of OpenAI's vocabulary.
 
     Source: openai/gpt-2, ``src/encoder.py``.
     """
     visible = [byte for byte in range(256) if 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    invisible = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(invisible)}
 
 
 class Encoder:
@@ -72,9 +72,9 @@ class Encoder:
     Threads may share an encoder.
 
     Args:
-        encoder: token, in the form of ``bytes_to_unicode``, to id; the content of ``encoder.json``. Is not copied.
-        bpe_merges: pairs of tokens, those to merge first in front; the content of ``vocab.bpe``.
-        errors: what ``decode`` does with bytes that are not UTF-8, as for ``bytes.decode``.
+        encoder: token, in the form of ``bytes_to_unicode``, to id; the content of ``encoder.json``, not copied.
+        bpe_merges: pairs of tokens, in the order in which to merge them; the content of ``vocab.bpe``.
+        errors: how ``decode`` treats bytes that are not UTF-8, as for ``bytes.decode``.
 
     Attributes:
         encoder, decoder: token to id, id to token.
@@ -84,7 +84,7 @@ class Encoder:
         errors, pat: as given; ``PATTERN``, compiled.
 
     Raises:
-        ValueError: when a byte or what a merge makes has no id, two tokens have one id, or a token is not bytes.
+        ValueError: when a byte or the result of a merge has no id, two tokens share an id, or a token is not bytes.
 
     Example:
         >>> vocabulary = {symbol: id for id, symbol in enumerate(bytes_to_unicode().values())} | {"hi": 256}
@@ -110,7 +110,7 @@ class Encoder:
         """Reads ``encoder.json`` and ``vocab.bpe`` in a folder.
 
         Raises:
-            CheckpointError: when a file is missing or is not what its name says, or when they do not fit each other.
+            CheckpointError: when a file is missing or has other content, or when the two do not fit each other.
         """
         folder = Path(folder)
         vocabulary, merges = _read_vocabulary(folder / "encoder.json"), _read_merges(folder / "vocab.bpe")
@@ -130,10 +130,10 @@ class Encoder:
         return self.encoder.get(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
-        """Turns text into ids; never into special ones, ``<|endoftext|>`` is thirteen characters like any other.
+        """Turns text into ids, never into special ones: ``<|endoftext|>`` counts as thirteen ordinary characters.
 
-        ``decode`` gives the same text back, unless it has surrogates, which UTF-8 cannot express: of these, pairs
-        become the character they stand for, lone ones U+FFFD.
+        ``decode`` returns the same text, unless it has surrogates, which UTF-8 cannot express: a pair becomes the
+        character that it stands for, a lone one becomes U+FFFD.
 
         Raises:
             TypeError: when ``text`` is not a str.
@@ -146,13 +146,13 @@ class Encoder:
             return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Turns each text into ids; as ``encode``, and refuses a single str."""
+        """Turns each text into ids, as ``encode`` does; raises TypeError for a single str."""
         if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a list of str, got {texts!r}; encode takes one str")
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Turns ids into text; bytes that are not UTF-8 become U+FFFD, or what ``errors`` says.
+        """Turns ids into text; bytes that are not UTF-8 become U+FFFD, or are treated as ``errors`` says.
 
         Args:
             ids: integers of any type, (T,).
@@ -164,16 +164,16 @@ class Encoder:
         return self.decode_bytes(ids).decode("utf-8", self.errors)
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
-        """Turns ids into the bytes they stand for, which may end inside a character; else as ``decode``."""
+        """Turns ids into the bytes that they stand for, which may end inside a character; else like ``decode``."""
         if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
             raise TypeError(f"ids must be a list of integers, got {ids!r}")
         return bytes([self.byte_decoder[symbol] for token_id in ids for symbol in self._token(token_id)])
 
     def bpe(self, token: str) -> str:
-        """Shows how a piece is merged: its tokens, joined by spaces.
+        """Returns the tokens of a piece, joined by spaces: shows how it is merged.
 
         Args:
-            token: a piece in the form of ``bytes_to_unicode``, such as ``Ġcapes``, which gives ``Ġcap es``.
+            token: a piece in the form of ``bytes_to_unicode``; ``Ġcapes``, for example, becomes ``Ġcap es``.
 
         Raises:
             ValueError: when a character of ``token`` does not stand for a byte.
@@ -190,7 +190,7 @@ class Encoder:
         return ids
 
     def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
-        # Pieces and chunks share the cache: a piece taken for a text of its own is one piece again.
+        # Pieces and chunks share the cache: a piece that is a text by itself is again one piece.
         ids: list[int] = []
         for piece in self.pat.findall(chunk):
             ids += self.cache.get(piece) or self._encode_piece(piece)
@@ -201,7 +201,7 @@ class Encoder:
         return self._remember(piece, tuple([self.encoder[symbol] for symbol in _merge(symbols, self.bpe_ranks)]))
 
     def _remember(self, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
-        # Needs no lock: all that threads can do to each other is drop entries, or pass the limit by a few.
+        # Needs no lock: at worst, threads drop each other's entries, or exceed the limit by a few.
         if len(text) + len(ids) <= MAX_CACHED_LENGTH:
             if len(self.cache) >= MAX_CACHE_ENTRIES:
                 self.cache.clear()
@@ -214,8 +214,8 @@ class Encoder:
         except TypeError:
             raise TypeError(f"ids has a {type(token_id).__name__}, not an integer; decode one row at a time") from None
         except KeyError:
-            known = f"the ids of the {len(self)} tokens run from {min(self.decoder)} to {max(self.decoder)}"
-            raise ValueError(f"ids has {token_id}, which the vocabulary lacks; {known}") from None
+            id_range = f"the ids of the {len(self)} tokens run from {min(self.decoder)} to {max(self.decoder)}"
+            raise ValueError(f"ids has {token_id}, which the vocabulary lacks; {id_range}") from None
 
     def _check(self) -> None:
         if missing := [symbol for symbol in self.byte_decoder if symbol not in self.encoder]:
@@ -230,7 +230,7 @@ class Encoder:
                 raise ValueError(f"merging {left!r} and {right!r} gives a token that the vocabulary lacks")
 
     def _check_complete(self) -> None:
-        # A special token is one that PATTERN cuts up. Any other comes from a merge, or else vocab.bpe was cut short.
+        # PATTERN cuts special tokens into pieces. A merge makes each other token; if not, vocab.bpe was cut short.
         made = {left + right for left, right in self.bpe_ranks} | self.byte_decoder.keys()
         for token in self.encoder.keys() - made:
             if self.pat.fullmatch(self.decode([self.encoder[token]])):
@@ -240,16 +240,16 @@ class Encoder:
 def _merge(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:
     """Merges neighbours: each round takes the pair of lowest rank and merges it wherever it stands, left to right.
 
-    A linked list over ``symbols`` and the places of each rank: the work grows with the number of merges done, not
-    with its square. A round ends before any pair that it made is looked at, so the ranks may come in any order.
+    Keeps a linked list over ``symbols`` and the places of each rank, so that the work grows with the number of merges
+    done, not with its square. A round ends before the pairs that it made are merged, so any order of ranks is right.
 
     Args:
-        symbols: of one piece, (n,); is used up.
-        ranks: of the pairs that may merge, all different.
+        symbols: of one piece, (n,); the list is changed.
+        ranks: the ranks of the pairs that may merge, all different.
     """
-    rank_at = [*map(ranks.get, pairwise(symbols)), None]  # Of the pair that begins at each place.
+    rank_at = [*map(ranks.get, pairwise(symbols)), None]  # The rank of the pair that begins at each place.
     before, after = list(range(-1, len(symbols))), [*range(1, len(symbols) + 1), -1]
-    symbols.append("")  # Merges with nothing; stands behind the last symbol and, as index -1, before the first.
+    symbols.append("")  # A symbol that never merges: behind the last one and, as index -1, before the first.
     places: dict[int, list[int]] = {}
     for place, rank in enumerate(rank_at):
         if rank is not None:
@@ -257,7 +257,7 @@ def _merge(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:
     waiting = sorted(places)  # A sorted list is a heap.
     while waiting:
         rank = heapq.heappop(waiting)
-        # In order, as "aaa" needs: all copies of a symbol come to be in one round, and that goes from left to right.
+        # The places are in order, as "aaa" needs: one round makes all copies of a symbol, from left to right.
         for left in places.pop(rank):
             if rank_at[left] != rank:
                 continue  # An earlier merge took one of the two, as in the middle of "aaa".
@@ -278,7 +278,7 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     text = _read_text(path)
     try:
         vocabulary = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also an integer of too many digits, or lists in lists in lists
+    except (ValueError, RecursionError) as error:  # also for an integer of too many digits, and for deeply nested lists
         raise CheckpointError(f"{path} is not JSON: {error}; {REMEDY}") from error
     if not isinstance(vocabulary, dict) or any(type(token_id) is not int for token_id in vocabulary.values()):
         raise CheckpointError(f"{path} is not a vocabulary, an object whose values are integers; {REMEDY}")

@@ -1,13 +1,13 @@
-"""Text to ids and back inside a TensorFlow graph: what ``Encoder`` gives, for any string.
+"""Converts text to ids and back inside a TensorFlow graph, with the same results as ``Encoder`` for any string.
 
-For a SavedModel that takes and gives text, in a server that has nothing but TensorFlow. So there are only operations of
-its core: no Python function, no regular expression, no table that is filled when the model is loaded. All texts of a
-batch go together: their characters, in one flat array, are cut into pieces (``in_graph_split``), and the bytes of all
-pieces are merged at once (``in_graph_merge``). With merges as they are learnt, the time grows with the
-length of the texts, not with its square, whatever they contain. Memory grows with their bytes and number, never with
-the number times the longest: nothing here is padded.
+It is for a SavedModel that takes and returns text, in a server that has only TensorFlow. So it uses only operations of
+TensorFlow's core: no Python function, no regular expression, no table that is filled when the model is loaded. All
+texts of a batch are processed together: their characters, in one flat array, are cut into pieces (``in_graph_split``),
+and the bytes of all pieces are merged at once (``in_graph_merge``). For merges in the order of learning, the time grows
+with the length of the texts, not with its square, whatever they contain. The memory grows with their bytes and their
+number, never with the number times the longest text: nothing here is padded.
 
-Strings are nothing for XLA: call these outside of what it compiles.
+XLA cannot handle strings: call these functions outside of compiled code.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tf_gpt2.tokenizer.in_graph_split import character_classes, piece_starts
 class InGraphEncoder(tf.Module):
     """An ``Encoder`` as TensorFlow operations.
 
-    It holds constants only, 4.4 MB of them for OpenAI's vocabulary: a SavedModel of a function that calls it needs
-    nothing else. Within ``tf.function`` it is several times faster than outside.
+    It holds only constants, 4.4 MB of them for OpenAI's vocabulary, so that a SavedModel of a function that calls it is
+    complete. Inside ``tf.function`` it is several times faster than outside.
 
     Args:
-        encoder: whose vocabulary and merges are copied; its ``errors`` is always taken as ``"replace"``.
+        encoder: its vocabulary and merges are copied; its ``errors`` counts as ``"replace"``.
 
     Raises:
         ValueError: when an id does not fit into int32.
@@ -55,14 +55,14 @@ class InGraphEncoder(tf.Module):
         self._merges = merge_table(symbols, encoder.bpe_ranks)
         self._symbol_ids = tf.constant([encoder.encoder[symbol] for symbol in symbols], tf.int32)
         self._known_ids = tf.constant(ids, tf.int64)
-        # An array of objects: one of byte strings would drop a NUL at the end.
+        # An array of objects, because an array of byte strings would drop a NUL at the end.
         self._tokens = tf.constant(np.array([encoder.decode_bytes([token_id]) for token_id in ids], object))
 
     def encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Turns texts into ids, as ``Encoder.encode``: never into special ones.
+        """Turns texts into ids, as ``Encoder.encode`` does, never into special ones.
 
         Args:
-            texts: string (B,), of UTF-8; bytes that are not become U+FFFD, as in ``bytes.decode(errors="replace")``.
+            texts: string (B,), UTF-8; other bytes become U+FFFD, as in ``bytes.decode(errors="replace")``.
 
         Returns:
             int32 (B, T), T ragged.
@@ -79,14 +79,14 @@ class InGraphEncoder(tf.Module):
         return tf.RaggedTensor.from_row_splits(tf.gather(self._symbol_ids, symbols), row_splits, validate=False)
 
     def decode(self, ids: tf.RaggedTensor | tf.Tensor, lengths: tf.Tensor | None = None) -> tf.Tensor:
-        """Turns ids into texts, as ``Encoder.decode``: bytes that are not UTF-8 become U+FFFD.
+        """Turns ids into texts, as ``Encoder.decode`` does; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids: int32 or int64 (B, T), ragged, or dense with ``lengths``.
-            lengths: int32 (B,); what lies past a row's length is ignored. All of each row by default.
+            lengths: int32 (B,); ids past a row's length are ignored. By default each row counts whole.
 
         Returns:
-            string (B,), of UTF-8.
+            string (B,), UTF-8.
 
         Raises:
             tf.errors.InvalidArgumentError: when the vocabulary has no such id.
@@ -107,22 +107,22 @@ class InGraphEncoder(tf.Module):
         return tf.strings.unsorted_segment_join(tokens, rows_of_values(ids), ids.nrows())
 
     def _places(self, flat_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Says where ids are in the vocabulary, and which are: int64 (N,) -> int32 (N,), bool (N,)."""
-        found = tf.minimum(tf.searchsorted(self._known_ids, flat_ids), tf.size(self._known_ids) - 1)
-        return found, tf.equal(tf.gather(self._known_ids, found), flat_ids)
+        """Returns each id's place in the vocabulary, and whether it has one: int64 (N,) -> int32 (N,), bool (N,)."""
+        places = tf.minimum(tf.searchsorted(self._known_ids, flat_ids), tf.size(self._known_ids) - 1)
+        return places, tf.equal(tf.gather(self._known_ids, places), flat_ids)
 
 
 def rows_of_values(ragged: tf.RaggedTensor) -> tf.Tensor:
-    """Returns the row of each value, int32 (N,): what ``value_rowids`` does by way of a (rows, longest row) array."""
+    """Returns the row of each value, (N,), like ``value_rowids`` but without its array of (rows, longest row)."""
     places = tf.range(tf.size(ragged.flat_values, ragged.row_splits.dtype))
     return tf.searchsorted(ragged.row_splits, places, side="right") - 1
 
 
 def _number(starts: tf.Tensor) -> tf.Tensor:
-    """Gives each place the number of the last start up to it, counted from 0: bool (N,) -> int32 (N,)."""
+    """Returns for each place the number of the last start up to it, counted from 0: bool (N,) -> int32 (N,)."""
     return tf.cumsum(tf.cast(starts, tf.int32)) - 1
 
 
 def repair_utf8(texts: tf.Tensor) -> tf.Tensor:
-    """Puts U+FFFD for what is not UTF-8, where and as often as ``bytes.decode(errors="replace")``: string (B,)."""
+    """Replaces bytes that are not UTF-8 by U+FFFD, exactly as ``bytes.decode(errors="replace")`` does: string (B,)."""
     return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace", replacement_char=0xFFFD)

@@ -1,37 +1,37 @@
-"""Byte-pair merges inside a TensorFlow graph: all pieces of all texts at once, and the same result as one by one.
+"""Merges byte pairs inside a TensorFlow graph: all pieces of all texts at once, with the result of one merge at a time.
 
 By definition (``Encoder.bpe``) each round merges, in a piece, the pair of lowest rank wherever it stands, from left to
-right, and then looks again. A word of 20,000 random letters needs thousands of such rounds. So a round here also merges
-every pair that nothing of lower rank can reach; then such a word needs five.
+right. A word of 20,000 random letters needs thousands of such rounds. So a round here also merges every pair that no
+merge of lower rank can touch; then such a word needs five rounds.
 
 Why that is exact
 -----------------
 
-Let every merge that makes a token have a lower rank than all merges that use the token, as where each merge was learnt
-from what there was before (``_is_in_order``). Then what a merge makes is merged again at higher ranks only: the
+Let every merge that makes a token have a lower rank than all merges that use the token, as when each merge was learnt
+from the tokens made before (``_is_in_order``). Then the result of a merge is merged again at higher ranks only: the
 definition goes through the ranks once, upwards. Take a pair (y, z) of rank r somewhere in a piece.
 
-*Its y stays for it if nothing on the left takes it before.* That would be a merge (t, y), where t is the symbol x now
-on the left, or has grown leftwards and ends with x. The former has the rank of (x, y). The latter has at least the
-lowest rank of any merge (t, y) with a t longer than x that ends with x: the left *rival* of (x, y). It also comes after
-x was itself taken by what is left of it, to which the same applies. So y is not taken from the left below
+*The pair keeps its y if no merge on the left takes y before.* Such a merge is (t, y), where t is the symbol x now on
+the left, or has grown leftwards and ends with x. The former has the rank of (x, y). The latter has at least the lowest
+rank of any merge (t, y) with a t longer than x that ends with x: the left *rival* of (x, y). It also comes after the
+symbol on the left of x has taken x, to which the same applies. So y is not taken from the left at a rank below
 
     threat(x, y) = min(rank(x, y), max(rival(x, y), threat(w, x)))      where w is on the left of x.
 
-Taking the rival alone for the last ``threat`` gives a lower bound too; ``_threat`` goes ``DEPTH`` steps, then stops so.
+The rival alone in place of the last ``threat`` gives a lower bound, too; ``_threat`` takes it after ``DEPTH`` steps.
 The same holds for z, with everything mirrored.
 
-*Copies.* If y is z, pairs overlap, and in a run y y y y those at every second place from the left are merged, when rank
-r comes. If the threat to the first copy from the left is above r, the run will not begin earlier, nor is any copy
-taken from the left, for the first stands in between. If the threat to a pair's second copy from the right is not below
-r, no copy up to there is taken from the right, and it does not matter how the run goes on. Any other pair is a run of
-one; so one rule serves for both: threat from the left above r where the run begins, threat from the right at least r.
+*Copies.* If y is z, pairs overlap, and in a run y y y y rank r merges the pairs at every second place from the left. If
+the threat from the left to the first copy is above r, the run will not begin earlier, nor is any copy taken from the
+left, because the first stands in between. If the threat from the right to a pair's second copy is not below r, no copy
+up to there is taken from the right, and the rest of the run does not matter. Any other pair is a run of one; so one
+rule serves for both: threat from the left above r where the run begins, threat from the right at least r.
 
-*What will be merged may as well be merged now.* Until rank r comes, the two symbols would lie still. The token in their
-place lies still as well, for it is merged at ranks above r only. So everything else goes as it would have gone.
+*A pair that will be merged may be merged now.* Until rank r, the two symbols would not change. The token in their place
+does not change either, because it is merged at ranks above r only. So all other symbols are merged as before.
 
-Besides, each round merges the pairs of lowest rank, as defined. So rounds are never more than the ranks that occur in a
-piece, and where merges come in any other order, that alone is done. A round's work grows with the number of symbols.
+Each round also merges the pairs of lowest rank, as defined. So there are never more rounds than ranks that occur in a
+piece; and if the merges are in another order, a round does only that. Its work grows with the number of symbols.
 
 Knows nothing of text or ids: symbols are numbers.
 """
@@ -45,21 +45,21 @@ import numpy as np
 import tensorflow as tf
 
 NEVER = 2**31 - 1
-"""The rank of what does not merge."""
+"""The rank of a pair that does not merge."""
 
 DEPTH = 2
-"""How many symbols further a threat is followed. 20,000 random letters need 400 rounds with 0, 50 with 1, 5 with 2."""
+"""Steps of ``_threat``. 20,000 random letters need 400 rounds with depth 0, 50 with depth 1, 5 with depth 2."""
 
 Pair = tuple[str, str]
 
 
 class MergeTable(NamedTuple):
-    """What becomes of two neighbouring symbols.
+    """The merges and rivals of each pair of neighbouring symbols.
 
     Attributes:
         n_symbols: int64 (); ``left * n_symbols + right`` is the key of a pair.
-        keys: int64 (K,); of the pairs that merge or have rivals, upwards; the last is above all keys.
-        entries: int32 (K, 4); rank, left and right rival, and the symbol that is made. The last is for all other pairs.
+        keys: int64 (K,); the keys of the pairs that merge or have rivals, ascending; the last is above all keys.
+        entries: int32 (K, 4); each pair's rank, left and right rival, and merged symbol; last, those of any other pair.
         is_in_order: whether merges that make a token have lower ranks than those that use it.
     """
 
@@ -73,11 +73,11 @@ def merge_table(symbols: list[str], ranks: Mapping[Pair, int]) -> MergeTable:
     """Makes the table of all pairs.
 
     Args:
-        symbols: all tokens that are bytes or that a merge makes; the number of each is its place.
-        ranks: of the pairs that merge, all different.
+        symbols: all tokens that are bytes or that a merge makes; a symbol's number is its place.
+        ranks: the ranks of the pairs that merge, all different.
     """
     numbers = {symbol: number for number, symbol in enumerate(symbols)}
-    # A merge of what no merge makes never applies.
+    # A merge of a token that no merge makes never applies.
     ranks = {pair: rank for pair, rank in ranks.items() if pair[0] in numbers and pair[1] in numbers}
     left, right = _left_rivals(ranks, numbers), _right_rivals(ranks, numbers)
     rows = sorted(
@@ -99,14 +99,14 @@ def merge(symbols: tf.Tensor, pieces: tf.Tensor, table: MergeTable) -> tuple[tf.
     """Merges the symbols of each piece until no merge applies.
 
     Args:
-        symbols: int32 (N,); of all pieces, one piece behind the other.
-        pieces: int32 (N,); the piece of each, numbered from 0 without gaps.
-        table: what becomes of two neighbours.
+        symbols: int32 (N,); the symbols of all pieces, one piece behind the other.
+        pieces: int32 (N,); the piece of each symbol, numbered from 0 without gaps.
+        table: the merges.
 
     Returns:
-        symbols and pieces of what is left, both int32 (M,).
+        the symbols after all merges and the piece of each, both int32 (M,).
     """
-    # A symbol more, in a piece of its own, closes the ring: nothing else needs to care for the ends of arrays.
+    # One more symbol, in a piece of its own, closes the ring: no other code has to handle the ends of arrays.
     n_pieces = tf.reduce_max(tf.concat([[-1], pieces], axis=0)) + 2
     symbols, pieces = tf.concat([symbols, [0]], axis=0), tf.concat([pieces, [n_pieces - 1]], axis=0)
     _, symbols, pieces = tf.while_loop(
@@ -121,12 +121,12 @@ def merge(symbols: tf.Tensor, pieces: tf.Tensor, table: MergeTable) -> tuple[tf.
 def _merge_round(
     symbols: tf.Tensor, pieces: tf.Tensor, n_pieces: tf.Tensor, table: MergeTable
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Merges once what may be merged; says whether that was anything. Each pair is at the place of its left symbol."""
+    """Does one round; returns first whether it merged a pair. Each pair is at the place of its left symbol."""
     places = tf.range(tf.size(symbols))
     # As on a ring; tf.roll would call other threads for the smallest array.
     before, after = (places - 1) % tf.size(symbols), (places + 1) % tf.size(symbols)
     rank, left_rival, right_rival, merged = _look_up(symbols, pieces, after, table)
-    # Where the run of each pair begins.
+    # ``first``: where the run of each pair begins.
     begins = tf.not_equal(rank, tf.gather(rank, before)) | tf.equal(rank, NEVER)
     first = tf.gather(tf.boolean_mask(places, begins), tf.cumsum(tf.cast(begins, tf.int32)) - 1)
 
@@ -143,21 +143,21 @@ def _merge_round(
 
 
 def _look_up(symbols: tf.Tensor, pieces: tf.Tensor, after: tf.Tensor, table: MergeTable) -> list[tf.Tensor]:
-    """Gives the columns of the table for each symbol and the next; what is not in one piece has nothing to merge."""
+    """Looks up the table's columns for each symbol and the next; a pair across two pieces never merges."""
     left = tf.cast(symbols, tf.int64)
     keys = left * table.n_symbols + tf.gather(left, after)
-    found = tf.searchsorted(table.keys, keys)
-    is_known = tf.equal(tf.gather(table.keys, found), keys) & tf.equal(pieces, tf.gather(pieces, after))
-    return tf.unstack(tf.gather(table.entries, tf.where(is_known, found, tf.size(table.keys) - 1)), axis=1)
+    entries = tf.searchsorted(table.keys, keys)
+    is_known = tf.equal(tf.gather(table.keys, entries), keys) & tf.equal(pieces, tf.gather(pieces, after))
+    return tf.unstack(tf.gather(table.entries, tf.where(is_known, entries, tf.size(table.keys) - 1)), axis=1)
 
 
 def _threat(rank: tf.Tensor, rival: tf.Tensor, beyond: tf.Tensor) -> tf.Tensor:
-    """Gives a rank below which no pair, however it grows, takes its inner symbol.
+    """Returns a rank below which no pair, even a longer one, takes the pair's inner symbol.
 
     Args:
-        rank: int32 (N,); of each pair.
-        rival: int32 (N,); of each pair, on that side.
-        beyond: int32 (N,); the place of the next pair outwards: that before, for threats from the left.
+        rank: int32 (N,); the rank of each pair.
+        rival: int32 (N,); the rival of each pair on that side.
+        beyond: int32 (N,); the place of the next pair outwards: the one before, for threats from the left.
     """
     threat = tf.minimum(rank, rival)
     for _ in range(DEPTH):
@@ -166,7 +166,7 @@ def _threat(rank: tf.Tensor, rival: tf.Tensor, beyond: tf.Tensor) -> tf.Tensor:
 
 
 def _is_in_order(ranks: Mapping[Pair, int]) -> bool:
-    """Says whether every merge that makes a token has a lower rank than all merges that use it."""
+    """Whether every merge that makes a token has a lower rank than all merges that use it."""
     made: dict[str, int] = {}
     for (left, right), rank in ranks.items():
         made[left + right] = max(rank, made.get(left + right, rank))
@@ -174,7 +174,7 @@ def _is_in_order(ranks: Mapping[Pair, int]) -> bool:
 
 
 def _left_rivals(ranks: Mapping[Pair, int], symbols: Mapping[str, int]) -> dict[Pair, int]:
-    """Gives, for neighbours (x, y), the lowest rank of a merge (t, y) where t is longer than x and ends with it."""
+    """Returns, for neighbours (x, y), the lowest rank of a merge (t, y) where t is longer than x and ends with it."""
     rivals: dict[Pair, int] = {}
     for (left, right), rank in ranks.items():
         for ending in (left[start:] for start in range(1, len(left))):
@@ -184,7 +184,7 @@ def _left_rivals(ranks: Mapping[Pair, int], symbols: Mapping[str, int]) -> dict[
 
 
 def _right_rivals(ranks: Mapping[Pair, int], symbols: Mapping[str, int]) -> dict[Pair, int]:
-    """Gives, for neighbours (x, y), the lowest rank of a merge (x, t) where t is longer than y and begins with it."""
+    """Returns, for neighbours (x, y), the lowest rank of a merge (x, t) where t is longer than y and begins with it."""
     rivals: dict[Pair, int] = {}
     for (left, right), rank in ranks.items():
         for beginning in (right[:end] for end in range(1, len(right))):

@@ -1,19 +1,20 @@
-r"""Text -> pieces inside a TensorFlow graph: ``PATTERN`` as operations on whole arrays of characters.
+r"""Cuts text into pieces inside a TensorFlow graph: ``PATTERN`` as operations on whole arrays of characters.
 
 TensorFlow's own regular expressions (RE2) have no look-ahead, and another version of Unicode. But the pattern hardly
 needs an engine. Each character is of one of four classes: letter, number, white space, other. A piece starts
 
 - at the first character of a text, and where the class changes: ``\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+`` and ``\s+``;
-- not, however, behind a plain space, which leads the piece instead, as ``' ?'`` in front of the first three says;
-- at the last of several white spaces, if something follows: ``\s+(?!\S)`` leaves it to what follows or, where that
-  takes no such lead (a line feed, say), to ``\s+``.
+- not, however, behind a plain space, which leads the piece instead: ``' ?'`` before the first three alternatives;
+- at the last of several white spaces, if another character follows: ``\s+(?!\S)`` leaves that white space to the next
+  piece or, where it cannot lead one (a line feed cannot), to ``\s+``.
 
-What remains are the contractions, ``'s|'t|'re|'ve|'m|'ll|'d``. The pattern tries them first, but only where a piece
-starts. An apostrophe, of class other, starts none behind another other, which takes it along, nor behind a plain space,
-which leads it. Anywhere else it does, so contractions begin only there. They end in letters, so they never overlap.
-They change two things: no piece starts inside one, and one starts right behind it.
+The remaining alternatives are the contractions, ``'s|'t|'re|'ve|'m|'ll|'d``. The pattern tries them first, but only
+where a piece starts. An apostrophe, of class other, starts no piece behind a character of the same class, whose piece
+takes it along, nor behind a plain space, which leads it. Everywhere else it starts a piece, so contractions begin only
+there. They end in letters, so they never overlap. They change two things: no piece starts inside a contraction, and one
+starts right behind it.
 
-No rule looks further than one character back and three ahead: there is no loop, whatever the text.
+No rule looks further than one character back and three ahead, so no text needs a loop.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class CharacterClasses(NamedTuple):
 
 
 def character_classes() -> CharacterClasses:
-    """Asks ``regex``, as ``Encoder`` does, for the class of every code point: so the two cannot disagree."""
+    """Returns the class of every code point by ``regex``, which ``Encoder`` uses, so that the two agree."""
     classes = np.full(N_CODE_POINTS, OTHER, np.int32)
     for match in regex.finditer(RANGES, "".join(map(chr, range(N_CODE_POINTS)))):
         classes[slice(*match.span())] = match.lastindex
@@ -55,18 +56,18 @@ def character_classes() -> CharacterClasses:
 
 
 def piece_starts(characters: tf.Tensor, rows: tf.Tensor, table: CharacterClasses) -> tf.Tensor:
-    """Says which characters start a piece.
+    """Returns which characters start a piece.
 
     Args:
         characters: int32 (N,); the code points of all texts, one text behind the other.
-        rows: int32 (N,); the text each belongs to.
+        rows: int32 (N,); the text that each character belongs to.
         table: the class of every code point.
 
     Returns:
         bool (N,).
     """
-    # The neighbours of each place, as on a ring. tf.roll would do, but it calls other threads for the smallest array,
-    # which makes all of encoding five times slower.
+    # The neighbours of each place, as on a ring. Not tf.roll, which calls other threads even for the smallest array
+    # and so makes encoding as a whole five times slower.
     places = tf.range(tf.size(rows))
     before, after = (places - 1) % tf.size(rows), (places + 1) % tf.size(rows)
     is_first = tf.not_equal(rows, tf.gather(rows, before)) | tf.equal(places, 0)
@@ -87,8 +88,8 @@ def piece_starts(characters: tf.Tensor, rows: tf.Tensor, table: CharacterClasses
     three_long = may_contract & (
         (_is_in(one_on, "rv") & _is_in(two_on, "e")) | (_is_in(one_on, "l") & _is_in(two_on, "l"))
     )
-    # Inside: the letters are of one class, so only the first looks like a start. Behind: within the text or, where it
-    # ends, the start of another.
+    # Inside a contraction, the letters are of one class, so only the first looks like a start. Behind it, a piece of
+    # the same text starts, or else another text.
     is_inside = tf.gather(two_long | three_long, before)
     is_behind = tf.gather(two_long | tf.gather(three_long, before), tf.gather(before, before))
     return (starts & ~is_inside) | is_behind

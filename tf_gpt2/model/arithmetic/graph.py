@@ -1,7 +1,7 @@
-"""The arithmetic as TensorFlow is fast in without XLA: few operations, and none that wakes oneDNN for little work.
+"""The arithmetic that is fast in TensorFlow without XLA: few operations, and small ones without oneDNN.
 
-The values are those of ``plain``, up to rounding. oneDNN takes some 50 microseconds to begin, so what is small goes by
-operations that it has no kernel of.
+The values are those of ``plain``, up to rounding. A oneDNN kernel takes some 50 microseconds to start, so small work is
+done by operations that oneDNN has no kernel of.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ JIT_COMPILE = False
 SORTS = True
 
 LARGE = 2**19
-"""From so many numbers on a weight stands first in a product.
+"""Weights with at least this many elements go on the left of the product, where oneDNN is faster.
 
 Measured: ``python -m benchmarks.serving``, Intel Sapphire Rapids, 2026-11.
 """
@@ -30,7 +30,7 @@ first_largest = plain.first_largest
 
 
 def prepare(weights: Any) -> Any:
-    """Makes float32 matrices of 8-bit ones, once before a loop and not at each of its steps."""
+    """Converts 8-bit matrices to float32 ones, once before a loop instead of at each of its steps."""
     if isinstance(weights, Int8Matrix):
         return Matrix(dequantize(weights.value, weights.scale))
     if isinstance(weights, dict):
@@ -41,8 +41,8 @@ def prepare(weights: Any) -> Any:
 def product(x: tf.Tensor, w: Matrix) -> tf.Tensor:
     """Computes ``x @ w.T``.
 
-    oneDNN is up to 2.5 times as fast with a large matrix first; a small one is multiplied in less time than it takes to
-    transpose the outcome.
+    oneDNN is up to 2.5 times as fast with a large matrix on the left. With a small one, transposing the result takes
+    longer than the product.
     """
     rows, value = tf.reshape(x, (-1, x.shape[-1])), tf.cast(w.value, x.dtype)
     if rows.shape[0] == 1 or value.shape.num_elements() < LARGE:
@@ -59,10 +59,10 @@ def gelu(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(wide * tf.sigmoid(wide * (2 * slope + 2 * slope * 0.044715 * tf.square(wide))), x.dtype)
 
 
-def swap_middle(x: tf.Tensor) -> tf.Tensor:
-    """Transposes (B, T, H, D) to (B, H, T, D) by ``space_to_batch``, which oneDNN has no kernel of."""
+def transpose_heads(x: tf.Tensor) -> tf.Tensor:
+    """Transposes (B, T, H, D) to (B, H, T, D) by ``space_to_batch``, which has no oneDNN kernel to start."""
     n_rows, n_first, n_second, width = shape_of(x)
-    if 1 in (x.shape[1], x.shape[2]):  # the same order of numbers
+    if 1 in (x.shape[1], x.shape[2]):  # an axis of size 1: the numbers keep their order
         return tf.reshape(x, (-1, n_second, n_first, width))
     one_batch = tf.reshape(x, (1, n_rows, n_first * n_second, width))
     blocks = tf.space_to_batch(one_batch, [tf.maximum(n_rows, 1), n_second], tf.zeros((2, 2), tf.int32))
@@ -72,29 +72,30 @@ def swap_middle(x: tf.Tensor) -> tf.Tensor:
 def attention_weights(q: tf.Tensor, k: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
     """Computes softmax(q k' / sqrt(D)).
 
-    What hides scores is added, as it depends on the mask alone and is computed once for all layers.
+    The mask is added as 0 or the lowest float: that term depends on the mask alone, so it is computed once for all
+    layers.
     """
-    scores = small_product(tf.cast(q, k.dtype), k, transpose_b=True)
+    scores = attention_matmul(tf.cast(q, k.dtype), k, transpose_b=True)
     scores = tf.cast(scores, tf.float32) / math.sqrt(q.shape[-1]) + tf.where(mask, 0.0, tf.float32.min)
     return tf.nn.softmax(scores) if q.shape[-2] != 1 else tf.exp(tf.nn.log_softmax(scores))
 
 
 def weighted_sum(weights: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
     """Sums values (N, S, D) by their weights (N, T, S)."""
-    return small_product(tf.cast(weights, v.dtype), v)
+    return attention_matmul(tf.cast(weights, v.dtype), v)
 
 
-def small_product(a: tf.Tensor, b: tf.Tensor, *, transpose_b: bool = False) -> tf.Tensor:
-    """Computes ``tf.matmul``; of one row, (..., 1, n), by ``BatchMatMulV3``, which oneDNN has no kernel of."""
+def attention_matmul(a: tf.Tensor, b: tf.Tensor, *, transpose_b: bool = False) -> tf.Tensor:
+    """Computes ``tf.matmul``; for one row, (..., 1, n), by ``BatchMatMulV3``, which has no oneDNN kernel to start."""
     if a.shape[-2] != 1:
         return tf.matmul(a, b, transpose_b=transpose_b)
     return tf.raw_ops.BatchMatMulV3(x=a, y=b, Tout=a.dtype, adj_x=False, adj_y=transpose_b)
 
 
 def places(positions: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """Returns the place of each entry in the cache as one list of entries: int32 (N, T) -> int32 (N*T,).
+    """Returns the place of each entry in the cache, seen as a list of N*S entries: int32 (N, T) -> int32 (N*T,).
 
-    Positions are clipped to the last one: the next is another row's first.
+    Positions are clipped to S - 1: the entry behind a row's last one is the next row's first.
     """
     n_rows, n_slots, _ = shape_of(like)
     firsts = tf.expand_dims(tf.range(n_rows) * n_slots, 1)  # (N, 1)
@@ -102,7 +103,7 @@ def places(positions: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
 
 
 def write(part: tf.Tensor, new: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
-    """Writes entries (N, T, D) into the memory of keys or values (N, S, D), which must be ``owned``."""
+    """Writes entries (N, T, D) into the memory of keys or values (N, S, D), which ``owned`` must have returned."""
     entries, new = (tf.reshape(x, (-1, part.shape[-1])) for x in (part, tf.cast(new, part.dtype)))
     written = tf.reshape(write_in_place(entries, places, new), tf.shape(part))
     written.set_shape(part.shape)

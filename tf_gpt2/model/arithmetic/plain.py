@@ -1,4 +1,4 @@
-"""The arithmetic as a textbook has it: eager, in training, and what the faster ones are compared with."""
+"""The arithmetic of a textbook, for eager calls and training; the faster modules are tested against it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SORTS = True
 
 
 def prepare(weights: Any) -> Any:
-    """Returns the tree as it is."""
+    """Returns the weights as they are."""
     return weights
 
 
 def gather(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """Looks up rows; reads the table first, because gathering from a variable makes each later read of it a copy."""
+    """Looks up rows; reads the table first, because a gather from the variable itself makes each later read a copy."""
     return tf.gather(tf.convert_to_tensor(table), rows)
 
 
@@ -53,13 +53,13 @@ def gelu(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(0.5 * wide * (1 + tf.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))), x.dtype)
 
 
-def swap_middle(x: tf.Tensor) -> tf.Tensor:
+def transpose_heads(x: tf.Tensor) -> tf.Tensor:
     """Transposes (B, T, H, D) to (B, H, T, D)."""
     return tf.transpose(x, (0, 2, 1, 3))
 
 
 def attention_weights(q: tf.Tensor, k: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """Computes softmax(q k' / sqrt(D)) over what the mask shows: float32 (N, T, S)."""
+    """Computes softmax(q k' / sqrt(D)) over the keys that the mask shows: float32 (N, T, S)."""
     scores = tf.cast(tf.matmul(tf.cast(q, k.dtype), k, transpose_b=True), tf.float32) / math.sqrt(q.shape[-1])
     return tf.nn.softmax(tf.where(mask, scores, tf.float32.min))
 
@@ -70,7 +70,7 @@ def weighted_sum(weights: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
 
 
 def places(positions: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """Returns row and position of each entry: int32 (N, T) -> int32 (N, T, 2)."""
+    """Returns the row and the position of each entry: int32 (N, T) -> int32 (N, T, 2)."""
     rows = tf.broadcast_to(tf.range(shape_of(like)[0])[:, None], shape_of(positions))
     return tf.stack([rows, positions], axis=-1)
 
@@ -81,7 +81,7 @@ def write(part: tf.Tensor, new: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
 
 
 def owned(part: tf.Tensor) -> tf.Tensor:
-    """Returns it as it is, since ``write`` copies."""
+    """Returns the keys or values as they are, because ``write`` copies them."""
     return part
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic as XLA compiles it well on a processor. The values are those of ``plain``, up to rounding.
+"""The arithmetic that XLA compiles well for a CPU. The values are those of ``plain``, up to rounding.
 
 XLA fuses a cheap element-wise operation into the product that consumes it and then computes it again for every output
 row, which halves the speed of a whole model. It never duplicates an expensive operation, and a float division counts as
@@ -21,17 +21,17 @@ JIT_COMPILE = True
 SORTS = False
 
 MOST_ROWS_APART = 8
-"""Up to so many rows an 8-bit weight is read once for each, and not converted to float32 first.
+"""Up to this many rows, an int8 weight is read once per row instead of being converted to float32 first.
 
 Measured: ``python -m benchmarks.compare``, AMD EPYC (AVX-512) and Intel Sapphire Rapids, 2026-11.
 """
 
-prepare, swap_middle, weighted_sum = plain.prepare, plain.swap_middle, plain.weighted_sum
+prepare, transpose_heads, weighted_sum = plain.prepare, plain.transpose_heads, plain.weighted_sum
 places, write, owned, branch = plain.places, plain.write, plain.owned, plain.branch
 
 
 def gather(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """Looks up rows; of a bfloat16 table as bits, because XLA would convert the whole table to float32 first."""
+    """Looks up rows; a bfloat16 table is read as uint16 bits, because XLA would first convert all of it to float32."""
     table = tf.convert_to_tensor(table)
     if table.dtype != tf.bfloat16:
         return tf.gather(table, rows)
@@ -39,7 +39,7 @@ def gather(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def product(x: tf.Tensor, w: AnyMatrix) -> tf.Tensor:
-    """Computes ``x @ w.T``; which way is fastest depends on what the weight is and on the number of rows."""
+    """Computes ``x @ w.T`` in the way that is fastest for the type of weight and the number of rows."""
     rows = tf.reshape(x, (-1, x.shape[-1]))
     y = int8_product(rows, w) if isinstance(w, Int8Matrix) else float_product(rows, w)
     return tf.reshape(y, (*reshape_target(x)[:-1], y.shape[-1]))
@@ -60,7 +60,7 @@ def int8_product(rows: tf.Tensor, w: Int8Matrix) -> tf.Tensor:
     if rows.shape[0] == 1:
         y = one_row_product(rows, value)
     elif rows.shape[0] in range(2, MOST_ROWS_APART + 1):
-        # a loop, because XLA would compile one kernel per unrolled product
+        # map_fn, because XLA would compile one kernel per unrolled product
         y = tf.map_fn(lambda row: one_row_product(row[None], value)[0], rows)
         y = tf.ensure_shape(y, (rows.shape[0], value.shape[0]))
     else:
@@ -69,7 +69,7 @@ def int8_product(rows: tf.Tensor, w: Int8Matrix) -> tf.Tensor:
 
 
 def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-    """Multiplies one row, (1, n_in), in float32, and reads each weight once and as it is stored."""
+    """Multiplies one row, (1, n_in), in float32; reads each weight once, in the dtype in which it is stored."""
     x = tf.cast(row, tf.float32)
     if w.dtype != tf.float32:
         return tf.cast(tf.matmul(x, cast_late(w, x), transpose_b=True), row.dtype)
@@ -81,11 +81,11 @@ def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
 
 
 def cast_late(w: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """Casts a weight to float32 such that XLA does so only when it multiplies ``x`` by it.
+    """Casts a weight to float32 so late that XLA does it only while it multiplies ``x`` by the weight.
 
-    A cast that depends on nothing else is made too early: before a loop, or all layers' at once, which is a float
-    copy of all weights. So it is made to depend on ``x``, by an exclusive or with a zero that XLA does not know to be
-    one. With one row XLA fuses such a cast into the product; with several, one matrix at a time is float.
+    XLA moves a cast that depends on the weight alone before the loop, or casts all layers' weights at once: both make
+    a float copy of all weights. So this cast depends on ``x``, too: the bits are xored with a zero that XLA cannot
+    prove to be zero. With one row XLA fuses the cast into the product; with several, one matrix at a time is float.
 
     Test: ``tests/generation/test_loop.py``, the compiled loop copies neither cache nor weights.
     """
@@ -108,12 +108,12 @@ def gelu(x: tf.Tensor) -> tf.Tensor:
     """Computes gelu's tanh form as the equal ``x / (1 + exp(-2 u))``, which ends in a division."""
     wide = tf.cast(x, tf.float32)
     u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    # beyond 80 the quotient is 0 in float32 anyway
+    # exp(80) is finite in float32, and from there on the quotient is 0 up to rounding
     return tf.cast(wide / (1.0 + tf.exp(tf.minimum(-2.0 * u, 80.0))), x.dtype)
 
 
 def attention_weights(q: tf.Tensor, k: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """Computes softmax(q k' / sqrt(D)); for one position with a division at its end."""
+    """Computes softmax(q k' / sqrt(D)); for one position, it ends in a division."""
     scores = tf.cast(tf.matmul(tf.cast(q, k.dtype), k, transpose_b=True), tf.float32) / math.sqrt(q.shape[-1])
     scores = tf.where(mask, scores, tf.float32.min)
     if q.shape[-2] != 1:
@@ -123,10 +123,10 @@ def attention_weights(q: tf.Tensor, k: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 
 
 def first_largest(x: tf.Tensor) -> tf.Tensor:
-    """Returns the index of each row's largest value, of equals the first.
+    """Returns the index of each row's largest value; of equal ones, the first.
 
     XLA fuses ``tf.argmax`` with the noise generator into a kernel that LLVM can take minutes to compile; using the
-    maximum twice prevents it.
+    maximum twice prevents that.
     """
     n_columns = x.shape[-1]
     is_largest = x >= tf.reduce_max(x, axis=-1, keepdims=True)
@@ -134,7 +134,7 @@ def first_largest(x: tf.Tensor) -> tf.Tensor:
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that is traced once for all blocks: tracing twelve takes Python twelve times as long."""
+    """Wraps a block's function so that it is traced once, not twelve times for the twelve blocks of 124M."""
     if tf.executing_eagerly():
         return function
     traced = tf.function(function, autograph=False)
