@@ -23,6 +23,7 @@ from tf_gpt2.generation.generate import generate, stream
 from tf_gpt2.generation.lookup import LookupRun, decode, decode_until_drafts_pay, find_drafts
 from tf_gpt2.generation.loop import grow, prefill
 from tf_gpt2.model.arithmetic import plain
+from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import network_of
 from tf_gpt2.text.generator import TextGenerator
@@ -149,7 +150,7 @@ def blank_state(config, ids, lengths):
     from tf_gpt2.generation.loop import State
 
     lengths = tf.constant(lengths, tf.int32)
-    cache = (tf.zeros((config.n_head * len(ids), ids.shape[1] - 1, 1)),)
+    part = tf.zeros((config.n_head * len(ids), ids.shape[1] - 1, 1))
     no_top = tf.zeros((*ids.shape, 0))
     return State(
         ids=tf.constant(ids),
@@ -159,8 +160,7 @@ def blank_state(config, ids, lengths):
         top_ids=tf.cast(no_top, tf.int32),
         top_logprobs=no_top,
         stopped=tf.zeros(len(ids), tf.bool),
-        keys=cache,
-        values=cache,
+        cache=(KeyValues(part, part),),
     )
 
 
