@@ -71,12 +71,12 @@ class Limits(NamedTuple):
 
 
 def is_active(state: State, limits: Limits) -> tf.Tensor:
-    """Says which rows still want a token: bool (B,)."""
+    """Returns which rows still want a token: bool (B,)."""
     return ~state.stopped & (state.lengths < limits.lengths)
 
 
 def is_stop(ids: tf.Tensor, limits: Limits) -> tf.Tensor:
-    """Says which ids end their rows: int32, of any shape -> bool."""
+    """Returns which ids end their rows: int32, of any shape -> bool."""
     return tf.reduce_any(ids[..., None] == limits.stop_ids, axis=-1)
 
 
@@ -237,7 +237,7 @@ def bucket(length: int, n_ctx: int) -> int:
 
 
 def cache_sizes(length: int, limit: int, n_ctx: int) -> Iterator[int]:
-    """Says how large the cache becomes while what is in it grows from ``length`` positions to ``limit``.
+    """Yields how large the cache becomes while what is in it grows from ``length`` positions to ``limit``.
 
     Attention reads the whole cache, used or not, so a large one is not made at once; but each size compiles anew.
     """
