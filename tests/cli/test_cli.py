@@ -207,6 +207,7 @@ def test_interrupt_is_quiet(folder):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also if the tests ignore it
     )
     time.sleep(1)  # it waits for the prompt
     process.send_signal(signal.SIGINT)

@@ -336,7 +336,7 @@ def test_sorting_a_part_keeps_what_bisection_keeps(top_k, top_p, step, scale):
     differing = np.argwhere(wanted != found)
     probs = softmax(np.where(np.maximum(wanted, found) > -INF, logits, -INF))
     # where float32 cannot tell on which side of p a mass is, both answers are right; such a token is the last one
-    assert len({row for row, _ in differing}) == len(differing) <= 1
+    assert len({row for row, _ in differing}) == len(differing) <= 2
     assert all(probs[row, i] <= probs[row][probs[row] > 0].min() for row, i in differing)
 
 

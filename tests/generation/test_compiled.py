@@ -88,7 +88,7 @@ def test_training_between_two_texts_compiles_nothing():
 
 
 LOAD_AND_DROP = """
-import gc, sys, tf_gpt2
+import gc, statistics, sys, tf_gpt2
 from tf_gpt2.generation.compiled import compiled_for
 from tf_gpt2.generation.loop import decode, prefill
 from tf_gpt2.model.arithmetic import xla
@@ -104,16 +104,18 @@ for turn in range(50):
     del generator
     gc.collect()
     sizes.append(resident())
-print(sizes[2], max(sizes[3:]), *(compiled_for(f, config, "float32", xla).n_traces for f in (prefill, decode)))
+print(statistics.median(sizes[2:12]), statistics.median(sizes[-10:]), *(compiled_for(f, config, "float32", xla).n_traces for f in (prefill, decode)))
 """
 
 
 def test_loading_and_dropping_models_leaves_memory_flat(run_python):
     from tf_gpt2.checkpoint.download import embedded_dir
 
-    third, most, *n_traces = map(float, run_python(LOAD_AND_DROP, embedded_dir(), timeout=300).split())
+    early, late, *n_traces = map(float, run_python(LOAD_AND_DROP, embedded_dir(), timeout=300).split())
     assert n_traces == [1, 1]
-    assert most < 1.05 * third
+    # in MiB; it goes up and down by 60 as the allocator takes and returns memory. What was compiled for each model took 30
+    # a turn, 1,140 between the two medians.
+    assert late - early < 150
 
 
 def test_a_model_is_not_kept_alive():

@@ -174,20 +174,22 @@ def test_rows_that_have_ended_stay_as_they_are(odd_model, odd_config):
     rows = prompts_of(odd_config, [2, 5])
     ids, lengths, sampling, limits = start(odd_model, rows, GREEDY, limit=9)
     limits = limits._replace(lengths=tf.constant([4, 12]))
-    state = grow(prefill(odd_model, ids, lengths), 16)
-    state = decode(odd_model, state, sampling, limits, 100)
+    network = network_of(odd_model, plain)
+    state = grow(prefill(network, ids, lengths), 16)
+    state = decode(network, state, sampling, limits, 100)
     assert state.lengths.numpy().tolist() == [4, 12]
     both = start(odd_model, rows, GREEDY, limit=12)
-    free = decode(odd_model, grow(prefill(odd_model, *both[:2]), 16), *both[2:4], 100)
+    free = decode(network, grow(prefill(network, *both[:2]), 16), *both[2:4], 100)
     assert texts(state)[0] == texts(free)[0][:4]
     assert texts(state)[1] == texts(free)[1]
 
 
 def test_no_more_steps_than_asked_for_and_none_when_all_have_ended(odd_model, odd_config):
     arguments = start(odd_model, prompts_of(odd_config, [3]), GREEDY, limit=20)
-    state = grow(prefill(odd_model, *arguments[:2]), 32)
+    network = network_of(odd_model, plain)
+    state = grow(prefill(network, *arguments[:2]), 32)
     for n_steps in range(3):
-        assert decode(odd_model, state, *arguments[2:4], n_steps).lengths.numpy().tolist() == [3 + n_steps]
+        assert decode(network, state, *arguments[2:4], n_steps).lengths.numpy().tolist() == [3 + n_steps]
     recorder = Recorder(odd_model)
     arguments = start(odd_model, prompts_of(odd_config, [3]), GREEDY, limit=5)
     decode(recorder, grow(prefill(recorder, *arguments[:2]), 16), *arguments[2:4], 1000)
