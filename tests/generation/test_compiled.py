@@ -104,7 +104,8 @@ for turn in range(50):
     del generator
     gc.collect()
     sizes.append(resident())
-print(statistics.median(sizes[2:12]), statistics.median(sizes[-10:]), *(compiled_for(f, config, "float32", xla).n_traces for f in (prefill, decode)))
+n_traces = [compiled_for(function, config, "float32", xla).n_traces for function in (prefill, decode)]
+print(statistics.median(sizes[2:12]), statistics.median(sizes[-10:]), *n_traces)
 """
 
 
@@ -113,8 +114,7 @@ def test_loading_and_dropping_models_leaves_memory_flat(run_python):
 
     early, late, *n_traces = map(float, run_python(LOAD_AND_DROP, embedded_dir(), timeout=300).split())
     assert n_traces == [1, 1]
-    # in MiB; it goes up and down by 60 as the allocator takes and returns memory. What was compiled for each model took 30
-    # a turn, 1,140 between the two medians.
+    # in MiB: the allocator takes and returns up to 60; what was compiled for each model took 30 a turn, 1,140 in all
     assert late - early < 150
 
 
