@@ -1,7 +1,6 @@
 """Warm-up records: read back as a server reads them, and run."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,31 +76,6 @@ def test_records_have_one_row_and_a_value_for_each_input(served):
     for name, inputs in warmup.plain_requests():
         assert inputs.keys() == served.dtypes[name].keys()
         assert {len(array) for array in inputs.values()} == {1}
-
-
-FIRST_DRAWN = """
-import sys, time
-from pathlib import Path
-import numpy as np
-sys.path.insert(0, sys.argv[2])
-from server_double import ServedModel
-from tf_gpt2.serving import warmup
-
-served = ServedModel(Path(sys.argv[1]))
-for name, inputs in warmup.plain_requests():
-    served.run(name, inputs)
-request = {"text": np.array([b"To be"], object), "max_new_tokens": np.array([4], np.int32)}
-request |= {"temperature": np.array([0.7], np.float32), "top_p": np.array([0.8], np.float32)}
-for name in ("generate", "generate"):
-    start = time.perf_counter()
-    served.run(name, request)
-    print(time.perf_counter() - start)
-"""
-
-
-def test_the_first_drawn_request_is_as_quick_as_the_next(exported, run_python):
-    first_s, next_s = map(float, run_python(FIRST_DRAWN, exported, Path(__file__).parent).split())
-    assert first_s < 3 * next_s + 0.2  # it was 40 times as long
 
 
 def test_prompts_have_different_lengths(served):
