@@ -20,7 +20,7 @@ import tensorflow as tf
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.cache import Cache, as_cache, with_room
 from tf_gpt2.generation.compiled import compiled
-from tf_gpt2.generation.loop import Limits, cache_sizes, is_stop
+from tf_gpt2.generation.loop import Limits, cache_sizes, is_stop, with_own_cache
 from tf_gpt2.generation.options import check_counts, check_prompts, check_stop_ids, make_limits, pad
 from tf_gpt2.generation.run import NO_NUMBERS, finish_reason
 from tf_gpt2.model.formulas import KeyValues
@@ -270,8 +270,7 @@ def decode(network: Network, state: Beams, search: Search, n_steps: tf.Tensor) -
     def body(step: tf.Tensor, state: Beams) -> tuple[tf.Tensor, Beams]:
         return step + 1, decode_step(network, state, search)
 
-    state = state._replace(cache=tf.nest.map_structure(network.ops.owned, state.cache))
-    return tf.while_loop(goes_on, body, (tf.constant(0), state))[1]
+    return tf.while_loop(goes_on, body, (tf.constant(0), with_own_cache(network, state)))[1]
 
 
 def decode_step(network: Network, state: Beams, search: Search) -> Beams:

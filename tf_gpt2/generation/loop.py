@@ -9,7 +9,7 @@ taken as valid. Knows nothing of text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -129,8 +129,8 @@ def decode(network: Network, state: State, sampling: Sampling, limits: Limits, n
     return tf.while_loop(goes_on, body, (with_own_cache(network, state),), maximum_iterations=n_steps)[0]
 
 
-def with_own_cache(network: Network, state: State) -> State:
-    """Returns a state whose cache a loop may write to: what others hold stays as it is."""
+def with_own_cache(network: Network, state: Any) -> Any:
+    """Returns a state of any loop whose cache that loop may write to: what others hold stays as it is."""
     return state._replace(cache=tf.nest.map_structure(network.ops.owned, state.cache))
 
 
