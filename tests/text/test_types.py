@@ -69,7 +69,7 @@ def ask(generator: tf_gpt2.TextGenerator) -> None:
 def run_mypy(program, folder):
     file = folder / "program.py"
     file.write_text(program)
-    command = [sys.executable, "-m", "mypy", "--strict", f"--config-file={ROOT / 'setup.cfg'}", str(file)]
+    command = [sys.executable, "-m", "mypy", f"--config-file={ROOT / 'setup.cfg'}", str(file)]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment).stdout
 
