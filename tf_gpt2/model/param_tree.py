@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
-from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, Matrix, dequantize, quantize
+from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, LoraMatrix, Matrix, dequantize, quantize
 
 _draws = contextvars.ContextVar("draws", default=True)
 
@@ -99,10 +99,13 @@ class MatrixLeaf(Leaf):
     Attributes:
         transposed: whether the tree's array is (n_in, n_out).
         scale: the scales of an 8-bit matrix, (n_out,).
+        lora: of a matrix with a low-rank addition, ``a``, ``b`` and ``scale`` of ``LoraMatrix``. What is read is the
+            sum; what is written is the sum, too: ``b`` becomes zero.
     """
 
     transposed: bool = False
     scale: keras.Variable | None = None
+    lora: tuple[keras.Variable, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,18 +115,21 @@ class MatrixLeaf(Leaf):
 
     @property
     def variables(self) -> tuple[keras.Variable, ...]:
-        """The matrix, and its scales if it is an 8-bit one."""
-        return (self.variable,) if self.scale is None else (self.variable, self.scale)
+        """The matrix, its scales if it is an 8-bit one, and its low-rank addition."""
+        return (self.variable, *(() if self.scale is None else (self.scale,)), *self.lora)
 
-    def weight(self) -> AnyMatrix:
+    def weight(self) -> AnyMatrix | LoraMatrix:
         """Returns the weight as the formulas take it; copies nothing."""
         value = self.variable.value
-        return Matrix(value) if self.scale is None else Int8Matrix(value, self.scale.value)
+        base = Matrix(value) if self.scale is None else Int8Matrix(value, self.scale.value)
+        return LoraMatrix(base, *(variable.value for variable in self.lora)) if self.lora else base
 
     def read(self) -> np.ndarray:
         """Returns a copy of the matrix in the tree's orientation; float32 for an 8-bit one."""
         value = self.variable.value
         array = np.asarray(value if self.scale is None else dequantize(value, self.scale.value))
+        if self.lora:
+            array = with_addition(array, *self.lora)
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
     def write(self, array: np.ndarray | tf.Tensor) -> None:
@@ -133,6 +139,14 @@ class MatrixLeaf(Leaf):
             value, scale = quantize(value)
             self.scale.assign(scale)
         self.variable.assign(value)
+        if self.lora:
+            self.lora[1].assign(tf.zeros(self.lora[1].shape))
+
+
+def with_addition(array: np.ndarray, a: keras.Variable, b: keras.Variable, scale: keras.Variable) -> np.ndarray:
+    """Adds a low-rank addition to a matrix (n_out, n_in): computed in float64, rounded once to the matrix's dtype."""
+    wide_a, wide_b = (np.asarray(part.value).astype(np.float64) for part in (a, b))
+    return (array.astype(np.float64) + float(scale.value) * (wide_b @ wide_a)).astype(array.dtype)
 
 
 class ParamTree:

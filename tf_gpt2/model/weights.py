@@ -45,6 +45,24 @@ class Int8Matrix(NamedTuple):
 AnyMatrix = Matrix | Int8Matrix
 
 
+class LoraMatrix(NamedTuple):
+    """A matrix of any type with a low-rank addition: it computes ``base + scale * b @ a``, and never holds the sum.
+
+    Attributes:
+        base: the matrix, (n_out, n_in), which is not trained.
+        a: floats (r, n_in), a tensor or a variable.
+        b: floats (n_out, r).
+        scale: float32 ().
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+    """
+
+    base: AnyMatrix
+    a: Any
+    b: Any
+    scale: Any
+
+
 def quantize(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Rounds each row to 255 evenly spaced values, symmetric around zero.
 

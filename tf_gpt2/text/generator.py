@@ -12,6 +12,7 @@ from tf_gpt2.generation.generate import stream_row, warm_up
 from tf_gpt2.generation.options import SamplingOptions, check_counts, check_names, check_prompt, make_request
 from tf_gpt2.generation.scoring import Progress, Score, score
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.lora import load_lora
 from tf_gpt2.text.batches import check_texts, complete_many, encode_prompt
 from tf_gpt2.text.options import BeamOptions, CompletionOptions, check_several, check_stops, check_text
 from tf_gpt2.text.perplexity import Perplexity, measure_perplexity
@@ -69,7 +70,14 @@ class TextGenerator:
         return cls(GPT2Model.from_checkpoint(folder, **DTYPES[dtype]), encoder)
 
     @classmethod
-    def load(cls, model: str | Path, models_dir: str | Path = "checkpoints", dtype: str = "float32") -> TextGenerator:
+    def load(
+        cls,
+        model: str | Path,
+        models_dir: str | Path = "checkpoints",
+        dtype: str = "float32",
+        *,
+        adapter: str | Path | None = None,
+    ) -> TextGenerator:
         """Makes a generator from a model's name or folder; downloads OpenAI's files when they are not there.
 
         Args:
@@ -77,9 +85,11 @@ class TextGenerator:
                 ``models_dir``, or the path of a folder.
             models_dir: holds one folder per model; downloads go there.
             dtype: as for ``from_checkpoint``.
+            adapter: a folder with a LoRA adapter, as ``tf_gpt2.training.save_lora`` or PEFT writes it. In float32 it
+                is merged into the weights; in other dtypes it is kept apart, because they would round the sum.
 
         Raises:
-            CheckpointError: when there is no such model, or a file is damaged.
+            CheckpointError: when there is no such model, a file is damaged, or the adapter does not fit.
             DownloadError: when files cannot be fetched.
             ValueError: when ``dtype`` is another.
 
@@ -87,7 +97,12 @@ class TextGenerator:
             >>> text = TextGenerator.load("tiny").generate("To be", max_new_tokens=5)
         """
         check_dtype(dtype)  # before a download
-        return cls.from_checkpoint(find_folder(model, models_dir), dtype=dtype)
+        generator = cls.from_checkpoint(find_folder(model, models_dir), dtype=dtype)
+        if adapter is not None:
+            load_lora(generator.model, adapter)
+            if dtype == "float32":
+                generator.model.merge_lora()
+        return generator
 
     # a str is an iterable of str, too: the first overload that fits counts
     @overload

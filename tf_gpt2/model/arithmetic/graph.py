@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_gpt2.model.arithmetic import plain, xla
 from tf_gpt2.model.arithmetic.shapes import reshape_target, shape_of
-from tf_gpt2.model.weights import Int8Matrix, Matrix, dequantize
+from tf_gpt2.model.weights import Int8Matrix, LoraMatrix, Matrix, dequantize
 from tf_gpt2.runtime.tf_internals import not_inlined, owned_copy, write_in_place
 
 JIT_COMPILE = False
@@ -33,6 +33,8 @@ def prepare(weights: Any) -> Any:
     """Converts 8-bit matrices to float32 ones, once before a loop instead of at each of its steps."""
     if isinstance(weights, Int8Matrix):
         return Matrix(dequantize(weights.value, weights.scale))
+    if isinstance(weights, LoraMatrix):
+        return weights._replace(base=prepare(weights.base))
     if isinstance(weights, dict):
         return {name: prepare(part) for name, part in weights.items()}
     return [prepare(part) for part in weights] if isinstance(weights, list) else weights
