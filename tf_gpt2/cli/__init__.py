@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from tf_gpt2._version import package_version
 from tf_gpt2.cli.export import add_export
 from tf_gpt2.cli.files import add_decode, add_download, add_encode, add_info
+from tf_gpt2.cli.finetune import add_finetune
 from tf_gpt2.cli.generate import add_generate, add_interactive
 from tf_gpt2.cli.measure import add_explain, add_perplexity
 from tf_gpt2.cli.options import Parser
@@ -109,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_perplexity,
         add_explain,
         add_export,
+        add_finetune,
         add_download,
         add_encode,
         add_decode,
