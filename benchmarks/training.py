@@ -100,7 +100,9 @@ def summary(rounds: list[dict[str, dict[str, Any]]], cell: dict[str, int]) -> di
     n_tokens = cell["batch"] * cell["length"]
     engines = {}
     for engine in rounds[0]:
-        ratios = [min(found[engine]["step_s"]) / min(found["tf_gpt2"]["step_s"]) for found in rounds if "tf_gpt2" in found]
+        ratios = [
+            min(found[engine]["step_s"]) / min(found["tf_gpt2"]["step_s"]) for found in rounds if "tf_gpt2" in found
+        ]
         engines[engine] = {
             "tokens_per_s": n_tokens / median(min(found[engine]["step_s"]) for found in rounds),
             "peak_bytes": max(found[engine]["peak_bytes"] for found in rounds),
@@ -120,7 +122,7 @@ def print_cell(name: str, engines: dict[str, Any]) -> None:
 
 
 def keep(report: dict[str, Any], cells: dict[str, Any], path: Path) -> None:
-    """Writes the cells so far under the kind of processor; cells of earlier runs stay, but for those of the same name."""
+    """Writes the cells so far under the kind of processor; other cells of earlier runs stay."""
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kind = report["machine"]["cpu"]
     before = stored.get(kind, {}).get("cells", {})

@@ -59,7 +59,9 @@ def tf_gpt2(job: dict[str, Any]) -> Step:
     schedule = Schedule(learning_rate=RATE, warmup_steps=0, steps=1000)
     step = TrainingStep(model, StepOptions(schedule=schedule, weight_decay=DECAY, remat=job.get("remat", False)))
     counter = iter(range(1000))
-    return lambda ids, targets: step.update(as_batch([tf.constant(ids[None]), tf.constant(targets[None])]), next(counter))
+    return lambda ids, targets: step.update(
+        as_batch([tf.constant(ids[None]), tf.constant(targets[None])]), next(counter)
+    )
 
 
 def huggingface(job: dict[str, Any]) -> Step:

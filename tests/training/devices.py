@@ -1,4 +1,4 @@
-"""Trains a small model for some updates on one device, two logical ones, or as one of two workers; prints the losses."""
+"""Trains a small model for some updates on one device, two logical ones, or as one of two workers; prints losses."""
 
 import contextlib
 import json
@@ -32,6 +32,14 @@ with strategy.scope() if strategy else contextlib.nullcontext():
     model = GPT2Model(CONFIG, dropout=0.2)
     model.set_weights(random_params(CONFIG))
     history = finetune(
-        model, data, steps=5, accumulate=2, learning_rate=0.05, warmup_steps=0, clip_norm=0.5, save_every=1, progress=False
+        model,
+        data,
+        steps=5,
+        accumulate=2,
+        learning_rate=0.05,
+        warmup_steps=0,
+        clip_norm=0.5,
+        save_every=1,
+        progress=False,
     )
 print(json.dumps({"losses": history.history["loss"], "weights": [float(np.abs(w).sum()) for w in model.get_weights()]}))

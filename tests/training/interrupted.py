@@ -1,6 +1,6 @@
 """Fine-tunes a small model, with dropout, accumulation and shuffling; prints each loss as it comes, then the weights.
 
-    python interrupted.py OUT [ADAPTER_RANK]
+python interrupted.py OUT [ADAPTER_RANK]
 """
 
 import sys

@@ -43,7 +43,7 @@ def train(model=None, **options):
 def test_four_sentences_are_learned_by_heart():
     encoder = Encoder.from_files(embedded_dir())
     sentences = ["The cat sat on the mat.", "A rose is a rose.", "Who goes there?", "All the world's a stage."]
-    rows = [encoder.encode(sentence) + [encoder.end_of_text] for sentence in sentences]
+    rows = [[*encoder.encode(sentence), encoder.end_of_text] for sentence in sentences]
     length = max(map(len, rows))
     ids = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
     labels = np.array([row + [-100] * (length - len(row)) for row in rows], np.int32)
@@ -200,13 +200,13 @@ def finished(process):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, rank):
-    """Killed at random places, then ended by Ctrl-C, then finished: losses, history and weights are bit for bit those."""
+    """Killed at random places, then ended by Ctrl-C, then finished: losses and weights are bit for bit those."""
     whole = finished(run_program(tmp_path / "whole", rank))
     rng, losses = random.Random(), {}
     for stop in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
         process = run_program(tmp_path / "cut", rank)
         n_lines = rng.randrange(4, 12)
-        for i, line in enumerate(process.stdout):
+        for i, line in enumerate(process.stdout):  # noqa: B007
             if i == n_lines:
                 time.sleep(rng.random() * 0.01)
                 process.send_signal(stop)

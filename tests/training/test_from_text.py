@@ -25,7 +25,12 @@ def text(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lora_rank": 2, "lora_targets": ("c_attn", "mlp.c_proj")}, {"lora_rank": 2, "dtype": "int8"}, {"dtype": "bfloat16"}],
+    [
+        {},
+        {"lora_rank": 2, "lora_targets": ("c_attn", "mlp.c_proj")},
+        {"lora_rank": 2, "dtype": "int8"},
+        {"dtype": "bfloat16"},
+    ],
     ids=["all weights", "lora", "lora over int8", "bfloat16"],
 )
 def test_the_result_is_a_folder_that_loads(text, tmp_path, options):
@@ -80,7 +85,9 @@ def test_the_command_trains_and_says_how_to_go_on(text, tmp_path, capfd):
     assert "step 12, loss" in shown
     assert "bits per byte" in shown
     (line,) = [line for line in output.splitlines() if line.startswith("try it")]
-    assert cli.main(["generate", "--models_dir", str(tmp_path), "--model_size", "mine", "--max_new_tokens=2", "The"]) == 0
+    assert (
+        cli.main(["generate", "--models_dir", str(tmp_path), "--model_size", "mine", "--max_new_tokens=2", "The"]) == 0
+    )
     assert line.endswith('"Once"')
 
 
@@ -90,7 +97,7 @@ def test_ctrl_c_says_how_to_go_on_and_another_option_is_refused(text, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: list((tmp_path / "mine" / "training").glob("step-*")), process)
     process.send_signal(signal.SIGINT)
-    output, shown = process.communicate(timeout=60)
+    _, shown = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "goes on from there: give the same command" in shown
     assert not (tmp_path / "mine" / "checkpoint").exists()

@@ -1,4 +1,4 @@
-"""The training step: its gradients are those of TensorFlow through the plain model; dropout by seeds; several devices."""
+"""The training step: gradients as TensorFlow has them for the plain model, dropout by seeds, several devices."""
 
 import json
 import os
@@ -67,10 +67,12 @@ def test_gradients_are_those_of_the_plain_model(n_batches, remat):
 def test_the_loss_is_that_of_the_reference():
     model = make_model()
     found = TrainingStep(model, StepOptions(schedule=SCHEDULE)).loss_sums(batch_of(IDS[1:], np.abs(LABELS[1:]) % 61))
-    wanted = np.mean([
-        reference_loss(lively_params(CONFIG), ids, labels, n_head=3)
-        for ids, labels in zip(IDS[1], np.abs(LABELS[1]) % 61, strict=True)
-    ])
+    wanted = np.mean(
+        [
+            reference_loss(lively_params(CONFIG), ids, labels, n_head=3)
+            for ids, labels in zip(IDS[1], np.abs(LABELS[1]) % 61, strict=True)
+        ]
+    )
     assert found[0] / found[1] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -117,13 +119,16 @@ def test_recomputed_blocks_draw_the_same_dropout():
     assert kept[0] == pytest.approx(again[0], rel=1e-6)
     assert_near(again[1], kept[1], 1e-5)
     other_update, other_seed = gradients_of(model, 1)[0], gradients_of(model, seed=1)[0]
-    assert len({round(kept[0], 5), round(other_update, 5), round(other_seed, 5), round(gradients_of(make_model())[0], 5)}) == 4
+    assert (
+        len({round(kept[0], 5), round(other_update, 5), round(other_seed, 5), round(gradients_of(make_model())[0], 5)})
+        == 4
+    )
 
 
 def test_gradients_are_the_slopes_of_the_loss_with_dropout():
     """Along the gradient the loss of the same dropout rises by its squared norm."""
     model = make_model(dropout=0.3)
-    loss, gradients = gradients_of(model)
+    _, gradients = gradients_of(model)
     norm = float(tf.linalg.global_norm(gradients))
     for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
         variable.assign_add(gradient * (1e-3 / norm))
@@ -220,7 +225,9 @@ def test_one_device_two_devices_and_two_processes_train_alike():
     for listener in listeners:
         listener.close()
     workers = [
-        losses_of("workers", TF_CONFIG=json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}))
+        losses_of(
+            "workers", TF_CONFIG=json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}})
+        )
         for i in range(2)
     ]
     alone, mirrored, *both = map(result_of, [losses_of("alone"), losses_of("mirrored"), *workers])

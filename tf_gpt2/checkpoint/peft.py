@@ -28,7 +28,12 @@ MOST_CONFIG_BYTES = 1 << 20
 READ = ("r", "lora_alpha", "target_modules", "use_rslora")
 """Keys whose values decide what the adapter computes."""
 
-NEEDED = {"peft_type": ("LORA",), "fan_in_fan_out": (True,), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+NEEDED = {
+    "peft_type": ("LORA",),
+    "fan_in_fan_out": (True,),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+}
 """Keys that may have these values only. GPT-2's matrices are (n_in, n_out) in Hugging Face: ``fan_in_fan_out``."""
 
 WITHOUT_EFFECT = (
@@ -138,7 +143,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_text(path, MOST_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; name a folder that PEFT or save_lora has written") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error}; name a folder that PEFT or save_lora has written"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is no JSON object; name a folder that PEFT or save_lora has written")
     for key, value in config.items():
@@ -148,7 +155,9 @@ def read_config(path: Path) -> dict[str, Any]:
         else:
             is_accepted = is_default or key in READ or key in WITHOUT_EFFECT
         if not is_accepted:
-            raise CheckpointError(f"{path} has {key}={value!r}, which tf_gpt2 does not support; merge it with PEFT first")
+            raise CheckpointError(
+                f"{path} has {key}={value!r}, which tf_gpt2 does not support; merge it with PEFT first"
+            )
     if config.get("peft_type") != "LORA" or "fan_in_fan_out" not in config:
         raise CheckpointError(f"{path} must have peft_type='LORA' and fan_in_fan_out=True, got {sorted(config)}")
     return config

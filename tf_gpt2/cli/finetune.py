@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ try it     tf-gpt2 generate --models_dir {parent} --model_size {name} "Once"
 measured   {out}/training/log.csv, losses.png; tensorboard --logdir {out}/training/events
 """
 
-SIZES = {
+SIZES: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "steps": (positive, "N", "updates of the weights (default: three epochs, at least 100, at most 2000)"),
     "epochs": (positive, "N", "instead of --steps: how often to read the text"),
     "batch_size": (positive, "N", "windows per batch (default: 2048 tokens)"),

@@ -136,8 +136,9 @@ def attention(
     """Lets each position see itself and earlier ones: (B, T, C) -> (B, T, C)."""
     qkv = linear(x, w["c_attn"], ops=ops)  # (B, T, 3C)
     extend = None if past is None else functools.partial(write_behind, past, ops)
-    drop_weights = functools.partial(drop, place="attn_weights")
-    out, key_values = attend(qkv, n_head=n_head, ops=ops, extend=extend, drop=drop_weights)
+    out, key_values = attend(
+        qkv, n_head=n_head, ops=ops, extend=extend, drop=lambda weights: drop(weights, "attn_weights")
+    )
     return linear(tf.cast(out, x.dtype), w["c_proj"], ops=ops), key_values
 
 

@@ -130,8 +130,8 @@ class GPT2Model(ParamTree, keras.Model):
         if training and self.quantization and self.lora is None:
             raise ValueError(
                 f"quantization={self.quantization!r} is for inference only: its weights are integers; train a model "
-                f"without, and quantize the weights that its get_params() returns; or call enable_lora, and train what it "
-                f"adds"
+                f"without, and quantize the weights that its get_params() returns; or call enable_lora, and train "
+                f"that"
             )
         logits = self.logits(self.hidden_states(ids, training=training))
         if not tf.is_symbolic_tensor(ids):
@@ -142,7 +142,7 @@ class GPT2Model(ParamTree, keras.Model):
     def enable_lora(
         self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] = ("c_attn",), seed: int = 0
     ) -> None:
-        """Freezes all weights, and adds to each named matrix ``alpha / rank * b @ a``, whose ``a`` and ``b`` are trained.
+        """Freezes all weights, and adds ``alpha / rank * b @ a`` to each named matrix: ``a`` and ``b`` are trained.
 
         The model computes as before until they are: ``b`` starts with zeros. A compiled model must be compiled again.
 
@@ -188,11 +188,11 @@ class GPT2Model(ParamTree, keras.Model):
     def token_embeddings(self, ids: tf.Tensor) -> tf.Tensor:
         """Looks up rows of ``wte``: integers (B, T) -> (B, T, C) in the compute dtype."""
         ids = tf.cast(ids, tf.int32)
-        return formulas.embed_tokens(ids, self._wte_leaf().weight(), dtype=self.compute_dtype, ops=plain)
+        return formulas.embed_tokens(ids, self._wte_leaf().base(), dtype=self.compute_dtype, ops=plain)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Multiplies by the token embedding: floats (..., C) -> float32 (..., V)."""
-        return formulas.logits(hidden, self._wte_leaf().weight(), ops=plain)
+        return formulas.logits(hidden, self._wte_leaf().base(), ops=plain)
 
     @property
     def input_dtype(self) -> str:

@@ -113,7 +113,7 @@ def merge(model: Any) -> None:
         raise ValueError("LoRA is not on; call enable_lora first")
     if model.quantization is not None:
         raise ValueError(
-            f"quantization={model.quantization!r}: integers cannot hold the sum; load the adapter into a model of floats"
+            f"quantization={model.quantization!r}: integers cannot hold the sum; load the adapter into a float model"
         )
     for _, linear in linears(model, model.lora.places):
         leaf = linear.leaf_tree()["w"]

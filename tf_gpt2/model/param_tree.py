@@ -120,9 +120,13 @@ class MatrixLeaf(Leaf):
 
     def weight(self) -> AnyMatrix | LoraMatrix:
         """Returns the weight as the formulas take it; copies nothing."""
-        value = self.variable.value
-        base = Matrix(value) if self.scale is None else Int8Matrix(value, self.scale.value)
+        base = self.base()
         return LoraMatrix(base, *(variable.value for variable in self.lora)) if self.lora else base
+
+    def base(self) -> AnyMatrix:
+        """Returns the matrix without a low-rank addition; copies nothing."""
+        value = self.variable.value
+        return Matrix(value) if self.scale is None else Int8Matrix(value, self.scale.value)
 
     def read(self) -> np.ndarray:
         """Returns a copy of the matrix in the tree's orientation; float32 for an 8-bit one."""

@@ -122,8 +122,8 @@ def text_dataset(
         epochs: how often each window comes, in another order each time; ``None`` for ever.
         field: the key of the text in ``.jsonl``.
         n_held_out: how many ids at the end to hold out.
-        part: ``"training"``, shuffled and for ``epochs``; or ``"held_out"``: the ids held out, once, in their own order,
-            the last window filled up with labels of -1.
+        part: ``"training"``, shuffled and for ``epochs``; or ``"held_out"``: the ids held out, once, in order, the last
+            window filled up with labels of -1.
 
     Returns:
         A dataset of ``(ids, targets)``, both int32 (batch_size, n_ctx); targets are the ids moved by one.
@@ -188,7 +188,7 @@ def batches(batch: Callable[[np.ndarray], np.ndarray], n: int, shape: tuple[int,
         windows = tf.ensure_shape(tf.numpy_function(batch, [number], tf.int32), (shape[0], shape[1] + 1))
         return tf.maximum(windows[:, :-1], 0), windows[:, 1:]
 
-    return tf.data.Dataset.range(n).map(of_number, deterministic=True).prefetch(2)
+    return tf.data.Dataset.range(n).map(of_number).prefetch(2)
 
 
 def window(ids: Ids, n_ctx: int, seed: int, number: int) -> np.ndarray:
@@ -376,6 +376,6 @@ def decoded(data: bytes, path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"files: {path} must be text in UTF-8, and has the byte 0x{data[error.start]:02x}, which is not; convert it, "
-            f"as with iconv -t UTF-8"
+            f"files: {path} must be text in UTF-8, and has the byte 0x{data[error.start]:02x}, which is not; "
+            f"convert it, as with iconv -t UTF-8"
         ) from None

@@ -57,14 +57,14 @@ def finetune(
 ) -> keras.callbacks.History:
     """Trains a model's trainable weights with AdamW, a warm-up and a cosine; leaves the best weights in the model.
 
-    Under a strategy of ``tf.distribute`` each device takes its rows of each batch. With ``out``, an interrupted run goes
-    on where its last checkpoint is when it is called again with the same arguments: losses and weights are then those of
-    a run without interruption, bit for bit on one machine.
+    Under a strategy of ``tf.distribute`` each device takes its rows of each batch. With ``out``, an interrupted run
+    goes on from its last checkpoint when it is called again with the same arguments: losses and weights are then those
+    of a run without interruption, bit for bit on one machine.
 
     Args:
         model: made under the current strategy. Its ``dropout`` is used; dtype ``"float32"`` or ``"mixed_bfloat16"``.
-        dataset: batches of ``(ids, targets)`` or ``(ids, targets, sample_weight)`` of one shape (B, T), the same at each
-            iteration, as ``text_dataset`` makes them. Targets below 0 are left out.
+        dataset: batches of ``(ids, targets)`` or ``(ids, targets, sample_weight)`` of one shape (B, T), the same at
+            each iteration, as ``text_dataset`` makes them. Targets below 0 are left out.
         steps: updates of the weights; by default as many as the dataset has batches for.
         validation: batches to measure the held-out loss with, every ``save_every`` updates.
         encoder: the vocabulary; for samples of text, and bits per byte.
@@ -114,7 +114,9 @@ def finetune(
         about={**settings(model, dataset, options, save_every), **(about or {})},
     )
     history = keras.callbacks.History()
-    calls = keras.callbacks.CallbackList([*callbacks, history], model=model, steps=save_every, epochs=-(-steps // save_every))
+    calls = keras.callbacks.CallbackList(
+        [*callbacks, history], model=model, steps=save_every, epochs=-(-steps // save_every)
+    )
     file = sys.stderr if progress is True else progress or None
     run.go(dataset, calls, save_every=save_every, sample_every=sample_every, file=file)
     history.history, history.epoch = columns(run.progress.lines), [int(line["step"]) for line in run.progress.lines]
@@ -177,7 +179,7 @@ class Run:
                 if done % save_every == 0 or done == steps:
                     self._end_period(calls, events, bar)
                 if sample_every and done % sample_every == 0 and self._encoder is not None:
-                    bar.say(self._sample())
+                    bar.say(self._sample(self._encoder))
                 if interrupted():
                     self._save()
                     raise KeyboardInterrupt(f"saved at update {done} of {steps}; the same call goes on from there")
@@ -230,12 +232,14 @@ class Run:
         measured = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
         return {**measured, "val_bits_per_byte": nats / math.log(2) / n_bytes} if n_bytes else measured
 
-    def _sample(self) -> str:
+    def _sample(self, encoder: Encoder) -> str:
         """Returns a text that the model writes after ``<|endoftext|>``."""
         n_tokens = min(SAMPLE_TOKENS, self._model.config.n_ctx - 1)
-        generator = TextGenerator(self._model, self._encoder)
-        settings = {"temperature": 0.8, "top_p": 0.95, "seed": self._options.seed, "jit_compile": False}
-        return "sample: " + generator.generate("", max_new_tokens=n_tokens, **settings).strip().replace("\n", "\n        ")
+        generator, seed = TextGenerator(self._model, encoder), self._options.seed
+        text = generator.generate(
+            "", max_new_tokens=n_tokens, temperature=0.8, top_p=0.95, seed=seed, jit_compile=False
+        )
+        return "sample: " + text.strip().replace("\n", "\n        ")
 
     # ---- weights and checkpoints
 

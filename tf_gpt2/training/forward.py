@@ -92,7 +92,7 @@ def dropout_at(number: int, rate: float, row_keys: tf.Tensor | None) -> Drop:
         rate: the share of numbers that become zero.
         row_keys: uint32 (B,).
     """
-    if not rate:
+    if not rate or row_keys is None:
         return formulas.keep_all
 
     def drop(x: tf.Tensor, place: str) -> tf.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.load import read_encoder_and_config
@@ -25,7 +27,7 @@ DTYPES = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "mixed_bfloat16
 """What each name means for a ``GPT2Model`` that is trained."""
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 1 << 16
-"""The part of the text's end that is held out, and most tokens of it: measuring should take a small part of the time."""
+"""The part of the text's end that is held out, and most tokens of it: measuring should take little of the time."""
 
 TOKENS_PER_BATCH = 2048
 """Tokens of a batch where no size is given."""
@@ -86,11 +88,13 @@ class Recipe:
     seed: int = 0
 
 
-def finetune_text(folder: str | Path, out: str | Path, recipe: Recipe, *, progress: bool | TextIO = True) -> dict[str, Any]:
+def finetune_text(
+    folder: str | Path, out: str | Path, recipe: Recipe, *, progress: bool | TextIO = True
+) -> dict[str, Any]:
     """Fine-tunes the model in a folder, and writes the result as OpenAI's seven files.
 
-    An interrupted call goes on when it is made again. With LoRA, ``out/adapter`` holds the adapter in PEFT's format, and
-    the seven files the sum.
+    An interrupted call goes on when it is made again. With LoRA, ``out/adapter`` holds the adapter in PEFT's format,
+    and the seven files the sum.
 
     Args:
         folder: holds the seven files of the model to start from.
@@ -136,7 +140,7 @@ def finetune_text(folder: str | Path, out: str | Path, recipe: Recipe, *, progre
             seed=recipe.seed,
             save_every=recipe.save_every or max(1, min(100, steps // 5)),
             sample_every=recipe.sample_every,
-            about=about(recipe, folder, training, held_out),
+            about=about(recipe, model, training, held_out),
             progress=progress,
         )
         if is_chief():
@@ -152,7 +156,9 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.dtype == "int8" and recipe.lora_rank is None:
         raise ValueError("dtype='int8' needs lora_rank: integers cannot be trained, what LoRA adds to them can")
     if recipe.steps is not None and recipe.epochs is not None:
-        raise ValueError(f"steps={recipe.steps} and epochs={recipe.epochs} both say how long to train; give one of them")
+        raise ValueError(
+            f"steps={recipe.steps} and epochs={recipe.epochs} both say how long to train; give one of them"
+        )
     if not 0 <= recipe.dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {recipe.dropout}")
 
@@ -179,17 +185,25 @@ def count_updates(recipe: Recipe, n_windows: int, batch_size: int) -> int:
     return in_epochs if recipe.epochs else min(max(in_epochs, FEWEST_STEPS), MOST_STEPS)
 
 
-def about(recipe: Recipe, folder: Path, training: Ids, held_out: Ids) -> dict[str, Any]:
+def about(recipe: Recipe, model: GPT2Model, training: Ids, held_out: Ids) -> dict[str, Any]:
     """Returns what must be the same when a run goes on, beside what ``finetune`` compares."""
     return {
         "text": training.fingerprint(),
         "validation": held_out.fingerprint() if len(held_out) else None,
-        "model": str(folder.resolve()),
+        "model": weights_fingerprint(model),
         "lora_rank": recipe.lora_rank,
         "lora_alpha": recipe.lora_alpha,
         "lora_targets": list(recipe.lora_targets),
         "quantization": DTYPES[recipe.dtype].get("quantization"),
     }
+
+
+def weights_fingerprint(model: GPT2Model) -> str:
+    """Returns a name for the weights that a run starts from."""
+    digest = hashlib.blake2b(digest_size=8)
+    for variable in model.variables:
+        digest.update(np.ascontiguousarray(variable.numpy()).data.cast("B"))
+    return digest.hexdigest()
 
 
 def write_result(model: GPT2Model, folder: Path, out: Path) -> None:

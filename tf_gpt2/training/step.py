@@ -190,7 +190,9 @@ class TrainingStep:
             remat=self._options.remat,
         )
         rows = tf.reshape(x, (-1, x.shape[-1]))  # (B*T, C)
-        return head_loss(rows, floats_of(weights["wte"]), tf.reshape(batch.labels, [-1]), tf.reshape(batch.weights, [-1]))
+        return head_loss(
+            rows, floats_of(weights["wte"]), tf.reshape(batch.labels, [-1]), tf.reshape(batch.weights, [-1])
+        )
 
 
 def floats_of(matrix: AnyMatrix) -> tf.Tensor:
