@@ -49,11 +49,19 @@ def renewed() -> dict[Path, str]:
         "step": step_table(),
         "serving": serving_table(),
         "tokenizer": tokenizer_table(),
+        "training": training_table(),
         "layers": layers(),
         "modules": modules(),
         "internals": internals_table(),
     }
-    names = "README.md", "CONTRIBUTING.md", "docs/design.md", "docs/performance.md", "docs/serving.md"
+    names = (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/design.md",
+        "docs/performance.md",
+        "docs/serving.md",
+        "docs/training.md",
+    )
     documents = {ROOT / name: fill(ROOT / name, sections) for name in names}
     return {**documents, ROOT / "docs" / "command_line.md": command_line()}
 
@@ -88,6 +96,36 @@ def command_line() -> str:
 def load(name: str) -> dict[str, Any]:
     """Reads one result."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def training_table() -> str:
+    """Returns the tables of training steps, one for each kind of processor."""
+    parts = []
+    for kind, report in load("training").items():
+        names = list(dict.fromkeys(engine for cell in report["cells"].values() for engine in cell))
+        lines = ["| tokens/s (peak, GB) | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        for cell, engines in report["cells"].items():
+            figures = [
+                f"{engines[name]['tokens_per_s']:.0f} ({engines[name]['peak_bytes'] / 1e9:.1f})"
+                if name in engines
+                else ""
+                for name in names
+            ]
+            lines.append(f"| {cell} | " + " | ".join(figures) + " |")
+        machine = report["machine"]
+        found = {
+            name: version
+            for cell in report["cells"].values()
+            for engine in cell.values()
+            for name, version in engine["versions"].items()
+        }
+        of = ", ".join(f"{name} {version}" for name, version in sorted(found.items()))
+        lines += [
+            "",
+            f"{kind}, {machine['n_cores']} cores, {report['settings']['threads']} threads, {report['date'][:10]}; {of}.",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def generation_table() -> str:

@@ -121,7 +121,7 @@ def keras_hub(job: dict[str, Any]) -> Step:
 
     def step(ids: np.ndarray, targets: np.ndarray) -> float:
         inputs = {"token_ids": ids.astype(np.int32), "padding_mask": np.ones_like(ids, np.int32)}
-        return model.train_on_batch(inputs, targets.astype(np.int32))
+        return np.ravel(model.train_on_batch(inputs, targets.astype(np.int32)))[0]  # behind it come metrics
 
     return step
 

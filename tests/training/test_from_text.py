@@ -54,6 +54,8 @@ def test_the_result_is_a_folder_that_loads(text, tmp_path, options):
         dtype = options.get("dtype", "float32")
         apart = TextGenerator.load("tiny", dtype=dtype, adapter=out / "adapter")
         assert apart.score(TEXT[:200], jit_compile=False).total == pytest.approx(tuned, rel=1e-3)
+        words = ["generate", "--model_size", "tiny", "--dtype", dtype, "--adapter", str(out / "adapter")]
+        assert cli.main([*words, "--max_new_tokens=2", "The"]) == 0
     with pytest.raises(CheckpointError, match="holds a model already"):
         finetune_text(embedded_dir(), out, Recipe(text=[text], **SHORT, **options), progress=False)
 

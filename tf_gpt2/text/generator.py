@@ -53,21 +53,30 @@ class TextGenerator:
         self.encoder = encoder
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, *, dtype: str = "float32") -> TextGenerator:
+    def from_checkpoint(
+        cls, folder: str | Path, *, dtype: str = "float32", adapter: str | Path | None = None
+    ) -> TextGenerator:
         """Makes a generator from a folder with the seven files.
 
         Args:
             folder: such as ``"checkpoints/tiny"``.
             dtype: of the weights and of the arithmetic, ``"float32"`` or ``"bfloat16"``; ``"int8"`` keeps the
                 matrices as 8-bit integers and computes in float32.
+            adapter: a folder with a LoRA adapter, as ``tf_gpt2.training.save_lora`` or PEFT writes it. In float32 it
+                is merged into the weights; in other dtypes it is kept apart, because they would round the sum.
 
         Raises:
-            CheckpointError: when a file is missing or damaged.
+            CheckpointError: when a file is missing or damaged, or the adapter does not fit.
             ValueError: when ``dtype`` is another.
         """
         check_dtype(dtype)
         encoder, _ = read_encoder_and_config(folder)  # first: a vocabulary is read faster than weights
-        return cls(GPT2Model.from_checkpoint(folder, **DTYPES[dtype]), encoder)
+        model = GPT2Model.from_checkpoint(folder, **DTYPES[dtype])
+        if adapter is not None:
+            load_lora(model, adapter)
+            if dtype == "float32":
+                model.merge_lora()
+        return cls(model, encoder)
 
     @classmethod
     def load(
@@ -85,8 +94,7 @@ class TextGenerator:
                 ``models_dir``, or the path of a folder.
             models_dir: holds one folder per model; downloads go there.
             dtype: as for ``from_checkpoint``.
-            adapter: a folder with a LoRA adapter, as ``tf_gpt2.training.save_lora`` or PEFT writes it. In float32 it
-                is merged into the weights; in other dtypes it is kept apart, because they would round the sum.
+            adapter: as for ``from_checkpoint``.
 
         Raises:
             CheckpointError: when there is no such model, a file is damaged, or the adapter does not fit.
@@ -97,12 +105,7 @@ class TextGenerator:
             >>> text = TextGenerator.load("tiny").generate("To be", max_new_tokens=5)
         """
         check_dtype(dtype)  # before a download
-        generator = cls.from_checkpoint(find_folder(model, models_dir), dtype=dtype)
-        if adapter is not None:
-            load_lora(generator.model, adapter)
-            if dtype == "float32":
-                generator.model.merge_lora()
-        return generator
+        return cls.from_checkpoint(find_folder(model, models_dir), dtype=dtype, adapter=adapter)
 
     # a str is an iterable of str, too: the first overload that fits counts
     @overload

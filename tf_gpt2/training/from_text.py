@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.load import read_encoder_and_config
@@ -202,7 +201,7 @@ def weights_fingerprint(model: GPT2Model) -> str:
     """Returns a name for the weights that a run starts from."""
     digest = hashlib.blake2b(digest_size=8)
     for variable in model.variables:
-        digest.update(np.ascontiguousarray(variable.numpy()).data.cast("B"))
+        digest.update(variable.numpy().tobytes())
     return digest.hexdigest()
 
 

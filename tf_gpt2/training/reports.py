@@ -90,10 +90,10 @@ def write_events(writer: Any, line: Mapping[str, float]) -> None:
     """Writes a line for TensorBoard."""
     if writer is None:
         return
+    values = [tf.compat.v1.Summary.Value(tag=name, simple_value=line[name]) for name in line if name != "step"]
+    content = tf.compat.v1.Summary(value=values).SerializeToString()
     with writer.as_default():
-        for name, value in line.items():
-            if name != "step":
-                tf.summary.scalar(name, value, step=int(line["step"]))
+        tf.summary.experimental.write_raw_pb(content, step=int(line["step"]))  # needs no package tensorboard
     writer.flush()
 
 
