@@ -112,7 +112,6 @@ def training_table() -> str:
                 for name in names
             ]
             lines.append(f"| {cell} | " + " | ".join(figures) + " |")
-        machine = report["machine"]
         found = {
             name: version
             for cell in report["cells"].values()
@@ -122,7 +121,7 @@ def training_table() -> str:
         of = ", ".join(f"{name} {version}" for name, version in sorted(found.items()))
         lines += [
             "",
-            f"{kind}, {machine['n_cores']} cores, {report['settings']['threads']} threads, {report['date'][:10]}; {of}.",
+            f"{kind}, {report['settings']['threads']} threads, {report['date'][:10]}; {of}.",
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

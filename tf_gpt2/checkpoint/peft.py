@@ -172,32 +172,44 @@ def number_in(config: Mapping[str, Any], key: str, kind: Any, folder: Path) -> A
 
 
 def resolve_targets(targets: Any, names: Sequence[str], folder: Path) -> tuple[list[str], list[str]]:
-    """Returns names for the targets, and the matrices that they name: PEFT takes ends of names, or a pattern.
+    """Returns the places of a block, such as ``"attn.c_attn"``, and the matrices that PEFT's ``target_modules`` names.
 
-    A pattern is written out as the places that it matches in a block, such as ``"attn.c_attn"``; it must match the same
-    in all blocks.
+    A list has whole names or ends of names, a string is a pattern for whole names, or ``"all-linear"``. Each block must
+    have the same.
     """
-    full = {name: f"transformer.{name}" for name in names}
     if isinstance(targets, str):
-        try:
-            pattern = re.compile(".*" if targets == "all-linear" else targets)
-        except re.error as error:
-            raise CheckpointError(f"{folder / CONFIG} has target_modules={targets!r}: {error}") from error
-        adapted = [name for name in names if pattern.fullmatch(full[name])]
-        targets = sorted({name.split(".", 2)[2] for name in adapted})
+        adapted = [name for name in names if matches(targets, f"transformer.{name}", folder)]
+        unknown = []
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        adapted = [n for n in names if any(full[n] == t or full[n].endswith(f".{t}") for t in targets)]
-        unknown = [t for t in targets if not any(full[n].endswith(f".{t}") for n in names)]
-        if unknown:
-            raise CheckpointError(f"{folder / CONFIG} has target_modules={unknown}, which tf_gpt2 cannot adapt")
+        adapted = [name for name in names if any(is_named(name, target) for target in targets)]
+        unknown = [target for target in targets if not any(is_named(name, target) for name in names)]
     else:
-        adapted = []
-    in_block = [name for name in names if any(name.endswith(f".{place}") for place in targets or ())]
-    if not adapted or adapted != in_block:
+        adapted, unknown = [], []
+    places = sorted({place_of(name) for name in adapted})
+    if unknown or not adapted or adapted != [name for name in names if place_of(name) in places]:
         raise CheckpointError(
-            f"{folder / CONFIG} has target_modules={targets!r}, must name matrices of GPT-2, the same in each block"
+            f"{folder / CONFIG} has target_modules={unknown or targets!r}, must name matrices of GPT-2's blocks, the "
+            f"same in each"
         )
-    return list(targets), adapted
+    return places, adapted
+
+
+def matches(pattern: str, name: str, folder: Path) -> bool:
+    """Whether a pattern matches a name."""
+    try:
+        return pattern == "all-linear" or re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise CheckpointError(f"{folder / CONFIG} has target_modules={pattern!r}: {error}") from error
+
+
+def is_named(name: str, target: str) -> bool:
+    """Whether a target is a matrix's whole name in Hugging Face's model, or the end of it."""
+    return f".transformer.{name}".endswith(f".{target}")
+
+
+def place_of(name: str) -> str:
+    """Returns a matrix's name in its block: ``"h.0.attn.c_attn"`` -> ``"attn.c_attn"``."""
+    return name.split(".", 2)[2]
 
 
 def check_keys(folder: Path, expected: Sequence[str], found: Mapping[str, Any]) -> None:
