@@ -45,7 +45,7 @@ def test_a_classifier_trains_the_models_own_weights_and_is_saved(tmp_path, optio
     classifier.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", jit_compile=False)
     before = model.wpe.numpy().copy()
     history = classifier.fit(IDS, np.array([0, 1]), epochs=8, verbose=0).history["loss"]
-    assert history[-1] < 0.5 * history[0]
+    assert history[-1] < 0.8 * history[0]
     assert np.abs(model.wpe.numpy() - before).max() > 0
     assert len(classifier.variables) == len({id(v) for v in classifier.variables}) == len(model.variables) + 2
     classifier.save(tmp_path / "classifier.keras")

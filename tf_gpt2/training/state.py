@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,19 @@ def load(folder: Path, options: Mapping[str, Any]) -> tuple[Progress, list[np.nd
     """Reads the newest checkpoint; ``None`` where there is none.
 
     Raises:
-        CheckpointError: when the run had other options; the message names them.
+        CheckpointError: when the run had other options, which the message names; or all checkpoints are damaged.
     """
-    for checkpoint in checkpoints(folder):
+    found = checkpoints(folder)
+    for checkpoint in found:
         try:
             content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
             arrays = read_arrays(checkpoint / ARRAYS)
-        except (OSError, ValueError):  # damaged on the disk: the one before
+        except (OSError, ValueError, zipfile.BadZipFile):  # damaged on the disk: the one before
             continue
         check_options(checkpoint, content["options"], options)
         return Progress(**content["progress"]), arrays
+    if found:
+        raise CheckpointError(f"the checkpoints in {folder} are damaged; remove the folder to start from the beginning")
     return None
 
 
