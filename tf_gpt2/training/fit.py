@@ -184,6 +184,7 @@ class Run:
                     self._save()
                     raise KeyboardInterrupt(f"saved at update {done} of {steps}; the same call goes on from there")
         self._take_best()
+        self._step.wait_for_all()  # the first worker may remove the checkpoints behind this
         calls.on_train_end()
 
     def _one_update(self, batch: Batch, calls: keras.callbacks.CallbackList, save_every: int) -> float:

@@ -83,6 +83,7 @@ class TrainingStep:
         ]
         self._gradients = tf.function(self._run, autograph=False)
         self._losses = tf.function(self._held_out_sums, autograph=False)
+        self._meet = tf.function(lambda: self._strategy.run(add_up_ones), autograph=False)
 
     def update(self, batch: Batch, number: int) -> float:
         """Makes an update; returns the mean loss of its labels, before it, in nats.
@@ -109,6 +110,11 @@ class TrainingStep:
         for optimizer, *gradients in zip(self.optimizers, *of_devices[3:], strict=True):
             optimizer.update(gradients, scale=tf.constant(scale, tf.float32), rate=rate, number=number)
         return total / max(weight, 1e-30)
+
+    def wait_for_all(self) -> None:
+        """Waits until all workers have come here; a process alone does not wait."""
+        if self._strategy.num_replicas_in_sync > 1:
+            self._meet()
 
     def loss_sums(self, batch: Batch) -> tuple[float, float]:
         """Returns the weighted sum of the losses, without dropout, and the sum of the weights."""
@@ -193,6 +199,11 @@ class TrainingStep:
         return head_loss(
             rows, floats_of(weights["wte"]), tf.reshape(batch.labels, [-1]), tf.reshape(batch.weights, [-1])
         )
+
+
+def add_up_ones() -> tf.Tensor:
+    """Adds up a one of each device, which needs all of them."""
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.ones(()))
 
 
 def floats_of(matrix: AnyMatrix) -> tf.Tensor:
