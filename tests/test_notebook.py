@@ -62,7 +62,7 @@ def test_the_stored_outputs_are_the_true_ones(notebook):
 def test_the_one_on_fine_tuning_shows_a_curve_and_texts():
     text, kinds = outputs(execute(EXAMPLES / "finetune.ipynb"))
     before, after = (float(number) for number in re.search(r"([\d.]+) -> ([\d.]+) nats", text).groups())
-    assert after < 0.8 * before
+    assert after < 0.9 * before
     assert "of 1,751,520 numbers are trained" in text
     assert "True" in text
     assert "['adapter_config.json', 'adapter_model.safetensors']" in text
