@@ -8,7 +8,9 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+import tf_gpt2
 from tf_gpt2 import CheckpointError, GPT2Config, TextGenerator, cli, save_gpt2_params_to_tf_ckpt
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import random_params
@@ -71,6 +73,18 @@ def test_the_result_is_a_folder_that_loads(base, text, tmp_path, options):
         assert cli.main([*words, "--max_new_tokens=2", "The"]) == 0
     with pytest.raises(CheckpointError, match="holds a model already"):
         finetune_text(base, out, Recipe(text=[text], **SHORT, **options), progress=False)
+
+
+def test_an_export_takes_an_adapter(base, tmp_path):
+    model, encoder = tf_gpt2.load(base, dtype="int8")
+    model.enable_lora(2, alpha=64)
+    for variable in model.trainable_variables:
+        variable.assign(np.random.default_rng(3).standard_normal(variable.shape))
+    generator = TextGenerator(model, encoder)
+    folder = tf_gpt2.export_saved_model(generator, tmp_path, max_new_tokens=4, warm_up="none")
+    served = tf.saved_model.load(folder)
+    found = served.signatures["logits"](ids=tf.constant([[5, 6, 7]]), lengths=tf.constant([3]))["logits"]
+    np.testing.assert_allclose(found, model(np.array([[5, 6, 7]])), atol=1e-3)
 
 
 @pytest.mark.parametrize(
