@@ -74,6 +74,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("tf_gpt2._version").package_version()
+    if name == "training":  # ``tf_gpt2.training.finetune`` without another import
+        return importlib.import_module("tf_gpt2.training")
     if name not in _HOMES:
         raise AttributeError(f"module 'tf_gpt2' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

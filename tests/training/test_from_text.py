@@ -1,10 +1,13 @@
 """From a text file to a folder that generates: the whole way, by Python, the command line, and several workers."""
 
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +188,12 @@ def test_the_supervisor_gives_up_with_the_exit_code_of_the_worker(tmp_path):
     program = "import os, sys, json; c = json.loads(os.environ['TF_CONFIG']); sys.exit(3 * c['task']['index'])"
     assert supervise([sys.executable, "-c", program], free_addresses(2), restarts=1) == 3
     assert supervise([sys.executable, "-c", program], free_addresses(2), own=[0]) == 0
+
+
+@pytest.mark.parametrize("document", ["docs/training.md", "examples/multi_worker.md"])
+def test_commands_of_the_documents_exist(document):
+    text = (Path(__file__).parents[2] / document).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^ *(?:.* -- +)?tf-gpt2 ((?:finetune|export) [^…\n]*)$", text, re.M)
+    assert commands
+    for command in commands:
+        cli.make_parser().parse_args(shlex.split(command, comments=True))

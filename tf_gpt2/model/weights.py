@@ -45,6 +45,11 @@ class Int8Matrix(NamedTuple):
 AnyMatrix = Matrix | Int8Matrix
 
 
+def floats_of(w: AnyMatrix, n_in: int) -> Any:
+    """Returns the floats of a matrix, (n_out, n_in): those of a float matrix as they are, of others float32."""
+    return dequantize(w.value, w.scale) if isinstance(w, Int8Matrix) else w.value
+
+
 class LoraMatrix(NamedTuple):
     """A matrix of any type with a low-rank addition: it computes ``base + scale * b @ a``, and never holds the sum.
 

@@ -79,7 +79,8 @@ def finetune(
         save_every: updates between two checkpoints, which are also the periods of the history.
         sample_every: updates between two samples of text, shown above the bar; 0 for none.
         about: what else must be the same when the run goes on, such as the fingerprint of the text; JSON can hold it.
-        callbacks: Keras's; a period of ``save_every`` updates is what they call an epoch, an update a batch.
+        callbacks: Keras's; a period of ``save_every`` updates is what they call an epoch, an update a batch. What they
+            remember themselves is not in a checkpoint.
         progress: whether a bar is shown on standard error, or the file to show it on.
 
     Returns:
@@ -170,9 +171,10 @@ class Run:
         n_tokens = math.prod(batch_shape(dataset)) * accumulate
         bar = reports.Bar(self.progress.update * n_tokens, steps * n_tokens, file)
         batches = iter(dataset.skip(self.progress.update * accumulate).batch(accumulate, drop_remainder=True))
+        self._model.stop_training = False  # a callback sets it
         calls.on_train_begin()
         with contextlib.closing(bar), interrupts() as interrupted, self._events() as events:
-            while self.progress.update < steps:
+            while self.progress.update < steps and not self._model.stop_training:
                 loss = self._one_update(next_batch(batches, self.progress.update), calls, save_every)
                 bar.show(n_tokens, loss)
                 done = self.progress.update

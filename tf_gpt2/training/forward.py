@@ -12,8 +12,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_gpt2.config import GPT2Config
 from tf_gpt2.model import formulas
-from tf_gpt2.model.arithmetic import Ops, fused
+from tf_gpt2.model.arithmetic import fused
 from tf_gpt2.model.arithmetic.shapes import shape_of
 from tf_gpt2.model.formulas import Drop, Weights
 
@@ -24,22 +25,20 @@ ops: Any = fused
 
 
 def hidden_states(
-    ids: tf.Tensor,
+    tokens: tf.Tensor,
     weights: Weights,
     *,
-    n_head: int,
-    dtype: str,
+    config: GPT2Config,
     rate: float = 0.0,
     row_keys: tf.Tensor | None = None,
     remat: bool = False,
 ) -> tf.Tensor:
-    """Runs embeddings, blocks and the last layer norm as ``formulas.hidden_states`` does, for training.
+    """Adds positions, and runs blocks and the last layer norm as ``formulas.hidden_states`` does, for training.
 
     Args:
-        ids: int32 (B, T).
+        tokens: rows of the token embedding, floats (B, T, C) in the compute dtype.
         weights: the whole tree.
-        n_head: H.
-        dtype: the compute dtype.
+        config: the hyperparameters.
         rate: of dropout.
         row_keys: uint32 (B,), see ``keys_of_rows``; needed where ``rate`` is above 0.
         remat: keep only the input of each block, and compute the block again for its gradients.
@@ -47,20 +46,21 @@ def hidden_states(
     Returns:
         Floats (B, T, C) in the compute dtype.
     """
-    positions = tf.range(shape_of(ids)[1])[None]  # (1, T)
-    x = formulas.embed(ids, positions, weights, dtype=dtype, ops=ops)  # (B, T, C)
+    positions = tf.range(shape_of(tokens)[1])[None]  # (1, T)
+    x = tokens + tf.cast(ops.gather(weights["wpe"], positions), tokens.dtype)  # (B, T, C)
     x = dropout_at(0, rate, row_keys)(x, "embd")
     for i, w in enumerate(weights["blocks"]):
-        run = functools.partial(run_block, number=i + 1, n_head=n_head, rate=rate, ops=ops)
+        run = functools.partial(run_block, number=i + 1, config=config, rate=rate)
         x = recomputed(run, x, w, row_keys) if remat else run(x, w, row_keys)
     return formulas.norm(x, weights["ln_f"], ops=ops)
 
 
 def run_block(
-    x: tf.Tensor, w: Weights, row_keys: tf.Tensor | None, *, number: int, n_head: int, rate: float, ops: Ops
+    x: tf.Tensor, w: Weights, row_keys: tf.Tensor | None, *, number: int, config: GPT2Config, rate: float
 ) -> tf.Tensor:
     """Runs one block with dropout: (B, T, C) -> (B, T, C)."""
-    return formulas.block(x, w, None, n_head=n_head, ops=ops, drop=dropout_at(number, rate, row_keys))[0]
+    drop = dropout_at(number, rate, row_keys)
+    return formulas.block(x, w, None, n_head=config.n_head, ops=ops, drop=drop)[0]
 
 
 def recomputed(run: Any, x: tf.Tensor, w: Weights, row_keys: tf.Tensor | None) -> tf.Tensor:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorflow as tf
 
 FINAL_SHARE = 0.1
 """The learning rate at the end, as a share of the highest. Source: nanoGPT, ``train.py``."""
+
+LARGE = 1 << 18
+"""Variables of at least so many numbers are changed one by one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,15 @@ class Schedule:
         share = min(1.0, (update - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         cosine = 0.5 * (1 + math.cos(math.pi * share))
         return self.learning_rate * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
+
+
+def make_slots(variables: Sequence[tf.Variable]) -> list[tf.Variable]:
+    """Returns two variables of zeros for each variable, on its device."""
+    slots = []
+    for variable in variables:
+        with tf.device(variable.device):
+            slots += [tf.Variable(tf.zeros(variable.shape), trainable=False) for _ in range(2)]
+    return slots
 
 
 class AdamW:
@@ -62,14 +75,13 @@ class AdamW:
         epsilon: float = 1e-8,
     ):
         self.variables = list(variables)
-        self.slots: list[tf.Variable] = []
-        for variable in self.variables:
-            with tf.device(variable.device):
-                self.slots += [tf.Variable(tf.zeros(variable.shape), trainable=False) for _ in range(2)]
+        # in a thread of its own, which is under no strategy: one would copy each variable to all devices
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            self.slots = thread.submit(make_slots, self.variables).result()
         self._betas = beta_1, beta_2
         self._epsilon = epsilon
         self._decays = [weight_decay if len(variable.shape) > 1 else 0.0 for variable in self.variables]
-        # one device: XLA makes one pass over memory of each variable
+        # one device: XLA makes one pass over the memory of each variable
         is_alone = not tf.distribute.has_strategy()
         self._update = tf.function(self._apply, jit_compile=is_alone, autograph=False)
 
@@ -83,18 +95,26 @@ class AdamW:
             number: of the update, counted from 0.
         """
         corrections = [1 - beta ** (number + 1) for beta in self._betas]
-        numbers = tf.constant([rate, rate / corrections[0], 1 / math.sqrt(corrections[1])], tf.float32)
-        self._update(list(gradients), tf.convert_to_tensor(scale), numbers)
+        numbers = tf.constant([rate / corrections[0], 1 / math.sqrt(corrections[1])], tf.float32)
+        for group in self._groups():
+            parts = [[self.variables[i], *self.slots[2 * i : 2 * i + 2], gradients[i]] for i in group]
+            decays = tf.constant([rate * self._decays[i] for i in group], tf.float32)
+            self._update(parts, decays, tf.convert_to_tensor(scale), numbers)
 
-    def _apply(self, gradients: Sequence[tf.Tensor], scale: tf.Tensor, numbers: tf.Tensor) -> None:
-        rate, step_size, root_scale = tf.unstack(numbers)
+    def _groups(self) -> list[list[int]]:
+        """Returns the places of variables to change at once: a large one alone, to need no memory for many copies."""
+        sizes = [variable.shape.num_elements() for variable in self.variables]
+        small = [i for i, size in enumerate(sizes) if size < LARGE]
+        return [*([i] for i, size in enumerate(sizes) if size >= LARGE), *([small] if small else [])]
+
+    def _apply(self, parts: Sequence[Sequence[Any]], decays: tf.Tensor, scale: tf.Tensor, numbers: tf.Tensor) -> None:
+        step_size, root_scale = tf.unstack(numbers)
         beta_1, beta_2 = self._betas
-        for i, (variable, gradient) in enumerate(zip(self.variables, gradients, strict=True)):
-            mean, square = self.slots[2 * i : 2 * i + 2]
+        for i, (variable, mean, square, gradient) in enumerate(parts):
             gradient = gradient * scale
             new_mean = mean + (gradient - mean) * (1 - beta_1)
             new_square = square + (gradient * gradient - square) * (1 - beta_2)
             root = tf.sqrt(new_square) * root_scale + self._epsilon
-            variable.assign(variable * (1 - rate * self._decays[i]) - step_size * new_mean / root)
+            variable.assign(variable * (1 - decays[i]) - step_size * new_mean / root)
             mean.assign(new_mean)
             square.assign(new_square)

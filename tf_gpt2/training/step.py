@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tf_gpt2.model import formulas
+from tf_gpt2.model.arithmetic import fused
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import weights_of
-from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, dequantize
+from tf_gpt2.model.weights import floats_of
 from tf_gpt2.training.forward import hidden_states, keys_of_rows
 from tf_gpt2.training.losses import head_loss
 from tf_gpt2.training.optimizer import AdamW, Schedule
@@ -169,46 +171,61 @@ class TrainingStep:
         tree = self._model.weights_tree()
         tensors = {id(leaf): tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(tree) if leaf is not None}
         trained = [tensors[id(variable)] for variable in self._trained]
+        weights = tf.nest.map_structure(lambda leaf: None if leaf is None else tensors[id(leaf)], tree)
+        tokens = formulas.embed_tokens(batch.ids, weights["wte"], dtype=self._model.compute_dtype, ops=fused)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(trained)
-            weights = tf.nest.map_structure(lambda leaf: None if leaf is None else tensors[id(leaf)], tree)
-            total = self._total(batch, weights, rate=self._model.dropout, row_keys=row_keys)
-        gradients = tape.gradient(total, trained, unconnected_gradients="zero")
-        return [total, tf.reduce_sum(batch.weights), *map(tf.convert_to_tensor, gradients)]
+            tape.watch([*trained, tokens])
+            total = self._total(batch, weights, tokens, rate=self._model.dropout, row_keys=row_keys)
+        *gradients, of_tokens = tape.gradient(total, [*trained, tokens], unconnected_gradients="zero")
+        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        for i, variable in enumerate(self._trained):
+            if variable is self._model.wte.value:
+                gradients[i] = with_rows(gradients[i], batch.ids, of_tokens)
+        return [total, tf.reduce_sum(batch.weights), *gradients]
 
     def _held_out_sums(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
-        totals = [
-            self._total(Batch(*(part[i] for part in batch)), weights_of(self._model), rate=0.0, row_keys=None)
-            for i in range(batch.ids.shape[0])
-        ]
+        model, totals = self._model, []
+        weights = weights_of(model)
+        for i in range(batch.ids.shape[0]):
+            one = Batch(*(part[i] for part in batch))
+            tokens = formulas.embed_tokens(one.ids, weights["wte"], dtype=model.compute_dtype, ops=fused)
+            totals.append(self._total(one, weights, tokens, rate=0.0, row_keys=None))
         return tf.add_n(totals), tf.reduce_sum(batch.weights)
 
-    def _total(self, batch: Batch, weights: Any, *, rate: float, row_keys: tf.Tensor | None) -> tf.Tensor:
-        """Computes the weighted sum of the losses of one micro-batch, (B, T)."""
+    def _total(
+        self, batch: Batch, weights: Any, tokens: tf.Tensor, *, rate: float, row_keys: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Computes the weighted sum of the losses of one micro-batch, (B, T), from its embedded tokens, (B, T, C)."""
         model = self._model
         x = hidden_states(
-            batch.ids,
+            tokens,
             weights,
-            n_head=model.config.n_head,
-            dtype=model.compute_dtype,
+            config=model.config,
             rate=rate,
             row_keys=row_keys,
             remat=self._options.remat,
         )
         rows = tf.reshape(x, (-1, x.shape[-1]))  # (B*T, C)
         return head_loss(
-            rows, floats_of(weights["wte"]), tf.reshape(batch.labels, [-1]), tf.reshape(batch.weights, [-1])
+            rows,
+            floats_of(weights["wte"], x.shape[-1]),
+            tf.reshape(batch.labels, [-1]),
+            tf.reshape(batch.weights, [-1]),
         )
+
+
+def with_rows(table: tf.Tensor, ids: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Adds rows (B, T, C) to those of a table (V, C) that ids (B, T) name.
+
+    TensorFlow's own gradient of a table that is both looked up and multiplied by makes several copies of it.
+    """
+    places = tf.reshape(ids, (-1, 1))
+    return tf.tensor_scatter_nd_add(table, places, tf.cast(tf.reshape(rows, (-1, table.shape[1])), table.dtype))
 
 
 def add_up_ones() -> tf.Tensor:
     """Adds up a one of each device, which needs all of them."""
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.ones(()))
-
-
-def floats_of(matrix: AnyMatrix) -> tf.Tensor:
-    """Returns the numbers of a matrix as floats (n_out, n_in)."""
-    return dequantize(matrix.value, matrix.scale) if isinstance(matrix, Int8Matrix) else matrix.value
 
 
 def check_trained(variables: Sequence[tf.Variable]) -> None:
