@@ -3,7 +3,7 @@
 The loop is compiled as one function: prefill once per prompt, then K rows of the batch for each. A step extends all
 beams of a prompt by all tokens and looks at the best of these candidates: those that end become finished sequences, the
 best others are the next beams, and each takes over the cache of the beam it came from. All has a fixed shape; a score
-of -inf marks what is not there. Knows nothing of text.
+``NONE`` marks what is not there. Knows nothing of text.
 
 Source: ``GenerationMixin._beam_search`` of Hugging Face's transformers 5, of which each prompt here is a batch of one.
 """
@@ -30,8 +30,8 @@ from tf_gpt2.model.network import Network
 LARGEST_PENALTY = 10
 """Beyond it a power of the length may leave float32."""
 
-NONE = -float("inf")
-"""The score of a beam or of a sequence that is not there."""
+NONE = tf.float32.min
+"""The score of a beam or of a sequence that is not there; not -inf, at which TensorFlow's checks of numbers stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def make_result(
     tensors = [part.numpy() for part in finished]
     result = BeamSearchResult([], [], [])
     for row, *of_prompt in zip(rows, *tensors, strict=True):
-        best = [one for one in zip(*of_prompt, strict=True) if np.isfinite(one[2])][:num_return_sequences]
+        best = [one for one in zip(*of_prompt, strict=True) if NONE < one[2] < np.inf][:num_return_sequences]
         if not best:  # one sequence there always is
             raise ParamsError(NO_NUMBERS)
         result.ids.append([ids[len(row) : end].tolist() for ids, end, _, _ in best])
@@ -236,7 +236,7 @@ def prefill(network: Network, ids: tf.Tensor, lengths: tf.Tensor, scores: tf.Ten
         network: the model.
         ids: int32 (B, T), right-padded.
         lengths: int32 (B,), at least 1.
-        scores: float32 (B, K), 0 for the first beam and -inf for the others, as all are the same prompt.
+        scores: float32 (B, K), 0 for the first beam and ``NONE`` for the others, as all are the same prompt.
         search: how to compare, when to end.
     """
     n_prompts, n_beams = scores.shape
@@ -343,15 +343,18 @@ def newly_finished(state: Beams, candidates: Candidates, search: Search) -> Fini
 
 def wants_more(state: Beams, search: Search) -> tf.Tensor:
     """Whether a beam may become better than the worst of K finished sequences: bool (B,)."""
-    worst = state.finished.scores[:, -1]  # -inf while there are fewer
+    worst = state.finished.scores[:, -1]  # NONE while there are fewer
     lengths = tf.where(search.hopes_for_longest, search.limits.lengths, state.lengths)
     hoped_for = divide_by_length(state.scores[:, 0], lengths - state.prompt_lengths, search)
     return (hoped_for > worst) & ~(search.ends_when_full & (worst > NONE))
 
 
 def divide_by_length(scores: tf.Tensor, n_new: tf.Tensor, search: Search) -> tf.Tensor:
-    """Divides sums of log-probabilities by a power of the number of new tokens."""
-    return scores / tf.pow(tf.cast(n_new, tf.float32), search.length_penalty)
+    """Divides sums of log-probabilities by a power of the number of new tokens; ``NONE`` stays what it is."""
+    is_none = scores == NONE
+    return tf.where(
+        is_none, NONE, tf.where(is_none, 0.0, scores) / tf.pow(tf.cast(n_new, tf.float32), search.length_penalty)
+    )
 
 
 def best_of(old: Finished, new: Finished) -> Finished:
