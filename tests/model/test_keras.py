@@ -36,8 +36,8 @@ def test_any_integer_type_of_ids_is_what_int32_is(dtype, jit_compile):
         compiled(make_model(), jit_compile=jit_compile).fit(ids, IDS, verbose=0).history["loss"]
         for ids in (IDS, IDS.astype(dtype))
     ]
-    assert losses[0] == losses[1]
     assert np.isfinite(losses).all()
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)  # XLA may fuse another type's look-up otherwise
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64"])

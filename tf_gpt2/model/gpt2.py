@@ -72,12 +72,14 @@ class GPT2Model(ParamTree, keras.Model):
         """Creates all weights; their shapes follow from the config alone."""
         config = self.config
         shape = (config.n_vocab, config.n_embd)
-        self.wte, self.wte_scale = add_matrix(self, "wte", shape, stddev=0.02, quantization=self.quantization)
-        self.wpe = self.add_weight(
-            shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), autocast=False, name="wpe"
-        )
-        for layer in (*self.blocks, self.ln_f):
-            layer.build((None, None, config.n_embd))
+        # TensorFlow keeps 35 kB for ever for each new name of a variable, and Keras's names number the models
+        with tf.name_scope("gpt2/"):
+            self.wte, self.wte_scale = add_matrix(self, "wte", shape, stddev=0.02, quantization=self.quantization)
+            self.wpe = self.add_weight(
+                shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), autocast=False, name="wpe"
+            )
+            for layer in (*self.blocks, self.ln_f):
+                layer.build((None, None, config.n_embd))
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
         """Returns what ``tf.train.Checkpoint`` saves, the blocks among it: it does not look into Keras's lists.
