@@ -11,7 +11,7 @@ Sources: Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (attention), Ba et al.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ def exact_gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / np.sqrt(2)))
 
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu_new": gelu,
     "gelu": exact_gelu,
     "relu": lambda x: np.maximum(x, 0),

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gpt2.checkpoint.openai import open_checkpoint
+from tf_gpt2.checkpoint.formats import open_weights
 from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
@@ -104,17 +104,16 @@ class GPT2Model(ParamTree, keras.Model):
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, **kwargs: Any) -> GPT2Model:
-        """Makes a model from a folder with OpenAI's files, one variable at a time to keep the memory low.
+        """Makes a model from a folder or file in any known format, one variable at a time to keep the memory low.
 
         Args:
-            folder: holds ``hparams.json`` and the TensorFlow checkpoint.
+            folder: holds OpenAI's or Hugging Face's files, or is or holds a file of Keras or of GGUF.
             **kwargs: as for the constructor.
 
         Raises:
             CheckpointError: when the folder is not a complete GPT-2 checkpoint.
         """
-        config = GPT2Config.from_file(Path(folder) / "hparams.json")
-        variables = open_checkpoint(folder, config)  # first: no model is built for a checkpoint that does not fit
+        config, variables = open_weights(folder)
         with blank_weights():
             model = cls(config, **kwargs)
         targets = dict(leaves(model.leaf_tree()))
