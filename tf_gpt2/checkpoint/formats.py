@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tf_gpt2.checkpoint import gguf, huggingface, keras_files
 from tf_gpt2.checkpoint.genuine import CHECKPOINT, HPARAMS
-from tf_gpt2.checkpoint.index import is_folder
+from tf_gpt2.checkpoint.index import is_file, is_folder
 from tf_gpt2.checkpoint.params import leaves, param_shapes
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import CheckpointError
@@ -102,10 +102,10 @@ def recognize(path: str | Path) -> tuple[str, Path]:
             )
         return found[0], path
     name = next((name for ending, name in OF_FILES.items() if f"/{path.name}".endswith(ending)), None)
-    if name is None or not path.is_file():
+    if name is None or not is_file(path):
         raise CheckpointError(
-            f"no model at {path}: it must be a folder, or a file named {HPARAMS}, {huggingface.CONFIG}, *.safetensors, "
-            f"*.keras, *.weights.h5 or *.gguf; download a model with 'tf-gpt2 download 124M'"
+            f"no model at {path}: it is not a folder, and not a file named {HPARAMS}, {huggingface.CONFIG}, "
+            f"*.safetensors, *.keras, *.weights.h5 or *.gguf; download a model with 'tf-gpt2 download 124M'"
         )
     return name, path.parent if name in OF_FOLDERS else path
 

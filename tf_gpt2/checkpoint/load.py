@@ -14,7 +14,7 @@ from tf_gpt2.checkpoint import huggingface, vocabulary
 from tf_gpt2.checkpoint.download import CHOICES, resolve_checkpoint
 from tf_gpt2.checkpoint.formats import FORMATS, is_of_others, open_weights, recognize
 from tf_gpt2.checkpoint.genuine import HPARAMS, VOCABULARY_FILES
-from tf_gpt2.checkpoint.index import is_folder
+from tf_gpt2.checkpoint.index import is_file, is_folder
 from tf_gpt2.checkpoint.params import Tree, map_leaves, param_shapes
 from tf_gpt2.config import SIZES, GPT2Config, read_hparams
 from tf_gpt2.errors import CheckpointError
@@ -55,11 +55,11 @@ def find_folder(model: str | Path, models_dir: str | Path) -> Path:
         raise CheckpointError(f"model must be a name or the path of a folder, got {model!r}; {CHOICES}")
     is_name = isinstance(model, str) and Path(model).name == model and model not in ("", "..")
     inside = Path(models_dir, model)
-    if is_name and (inside.is_file() or is_of_others(inside)):
+    if is_name and (is_file(inside) or is_of_others(inside)):
         return inside
     if is_name and (model in SIZES or model == "tiny" or is_folder(inside)):
         return resolve_checkpoint(str(model), models_dir)
-    if model != "" and (is_folder(Path(model)) or Path(model).is_file()):
+    if model != "" and (is_folder(Path(model)) or is_file(Path(model))):
         return Path(model)
     if is_name:
         return resolve_checkpoint(str(model), models_dir)  # raises an error that lists the models
@@ -129,7 +129,7 @@ def get_encoder(model_name: str, models_dir: str | Path) -> Encoder:
     """Reads the vocabulary of a model's name, folder or file; raises the errors of ``find_folder``."""
     is_name = isinstance(model_name, str) and Path(model_name).name == model_name
     inside = Path(models_dir, str(model_name))
-    if is_name and not inside.is_file() and not is_of_others(inside):
+    if is_name and not is_file(inside) and not is_of_others(inside):
         return Encoder.from_files(resolve_checkpoint(model_name, models_dir, needed=VOCABULARY_FILES))
     name, path = recognize(find_folder(model_name, models_dir))
     return ENCODERS[name](path)

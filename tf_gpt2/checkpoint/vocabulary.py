@@ -65,7 +65,7 @@ def read_huggingface_encoder(folder: Path, end_id: object = None) -> Encoder:
             end = encoder.decode([end_id])
             encoder = Encoder(vocabulary, merges, special_tokens=special, end_of_text=end)
         return encoder
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         return RefusingEncoder(
             f"{folder} has no tokenizer that can be used here: {error}. Its weights can: pass ids, which the model's "
             f"own tokenizer makes of text"

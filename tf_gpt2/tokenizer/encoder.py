@@ -39,6 +39,9 @@ r"""The characters that ``\s`` matches in ``PATTERN``; in ``re`` it matches U+00
 CHUNK = re.compile(f"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
 """Cuts text before each run of white space, where a piece always ends: white space only begins a piece."""
 
+WORD_START, WORD_END = regex.compile(r"\w"), regex.compile(r"\w\Z")
+"""Whether a text begins or ends inside a word."""
+
 MAX_CACHE_ENTRIES = 1 << 17
 """The cache is emptied when it has so many entries: about 20 MB for English, 100 MB for the worst text."""
 
@@ -88,12 +91,6 @@ class SpecialToken:
     rstrip: bool = False
     single_word: bool = False
     first: bool = True
-
-    def pattern(self, text: str) -> str:
-        """Returns a regular expression for the token's name and what it takes."""
-        core = regex.escape(text, special_only=True, literal_spaces=True)
-        core = rf"(?<!\w){core}(?!\w)" if self.single_word else core
-        return (r"\s*" if self.lstrip else "") + core + (r"\s*" if self.rstrip else "")
 
 
 class Encoder:
@@ -270,19 +267,23 @@ class Encoder:
         pieces: list[str | int] = []
         end = 0
         for match in self._special_pattern(names).finditer(part):
-            name = self._names_by_length(names)[match.lastindex - 1]
-            pieces += [part[end : match.start()], self.special_tokens[name].id]
-            end = match.end()
+            token = self.special_tokens[match[0]]
+            start, stop = match.span()
+            before, after = part[:start], part[stop:]
+            if token.single_word and (WORD_END.search(before) or WORD_START.match(after)):
+                continue
+            if token.lstrip:
+                start = max(len(before.rstrip()), end)
+            if token.rstrip:
+                stop += len(after) - len(after.lstrip())
+            pieces += [part[end:start], token.id]
+            end = stop
         return [*pieces, part[end:]]
-
-    @staticmethod
-    def _names_by_length(names: tuple[str, ...]) -> list[str]:
-        return sorted(names, key=len, reverse=True)
 
     def _special_pattern(self, names: tuple[str, ...]) -> regex.Pattern[str]:
         if names not in self._patterns:
-            parts = [f"({self.special_tokens[name].pattern(name)})" for name in self._names_by_length(names)]
-            self._patterns[names] = regex.compile("|".join(parts))
+            longest_first = sorted(names, key=len, reverse=True)
+            self._patterns[names] = regex.compile("|".join(map(regex.escape, longest_first)))
         return self._patterns[names]
 
     def _encode(self, text: str) -> list[int]:
