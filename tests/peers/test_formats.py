@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import time
 import urllib.request
@@ -17,6 +18,7 @@ import tf_gpt2
 from tf_gpt2 import Encoder, GPT2Config, GPT2Model, generate
 from tf_gpt2.checkpoint.download import embedded_dir
 
+KERAS_HUB = Path(PEERS_DIR, "keras_hub", "bin", "python")
 LLAMA_CPP = Path(PEERS_DIR, "llama_cpp", "bin", "python")
 with_llama_cpp = pytest.mark.skipif(
     not LLAMA_CPP.exists(), reason="no llama_cpp/bin/python; 'python -m benchmarks.environments llama_cpp' builds it"
@@ -89,6 +91,38 @@ def test_each_form_of_a_folder_is_read(peer, tmp_path, options):
     theirs = peer("write", folder=str(tmp_path), config=SMALL, seed=4, ids=IDS, **options)
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if "max_shard_size" not in options else 3)
     assert_close(GPT2Model.from_checkpoint(tmp_path)(np.array(IDS)), theirs)
+
+
+@pytest.mark.skipif(not KERAS_HUB.exists(), reason="no keras_hub/bin/python; benchmarks.environments builds it")
+def test_the_document_says_what_keras_hub_does(peer, tmp_path):
+    """The column "KerasHub" of the table of keys in docs/formats.md."""
+    keys = {name: keys for name, keys in VARIATIONS.items() if name not in ("openai's", "all")}
+    folders = {name: str(tmp_path / name) for name in VARIATIONS}
+    theirs = {
+        name: peer("write", folder=folder, config={**SMALL, **VARIATIONS[name]}, seed=3, ids=IDS)
+        for name, folder in folders.items()
+    }
+    command = [str(KERAS_HUB.absolute()), str(Path(__file__).parent / "formats_keras_hub.py")]
+    output = subprocess.run(
+        [*command, json.dumps({"folders": folders, "ids": IDS})], capture_output=True, text=True, check=True
+    ).stdout
+    answers = json.loads(output.splitlines()[-1])
+
+    def verdict(name):
+        if isinstance(answers[name], str):
+            return "an error"
+        wanted = np.array(theirs[name])
+        return (
+            "equal" if np.abs(np.array(answers[name]) - wanted).max() < 1e-3 * np.abs(wanted).max() else "wrong logits"
+        )
+
+    found = {name: verdict(name) for name in keys}
+    assert verdict("openai's") == "equal"
+    document = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(.*?)` \|.*\| ([a-z ]+) \|$", document, re.M))
+    for name, changed in keys.items():
+        key, value = next(iter(changed.items()))
+        assert rows[f"{key}: {json.dumps(value)}"] == found[name], f"{name}: {found[name]}, {answers[name][:300]}"
 
 
 def random_texts(tokens, n):
