@@ -16,6 +16,7 @@ from tf_gpt2.checkpoint import formats, keras_files
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.errors import CheckpointError
+from tf_gpt2.text.conversation import Conversation
 from tf_gpt2.text.saving import FORMATS
 
 PLAIN = Encoder.from_files(embedded_dir())
@@ -213,7 +214,7 @@ def test_ids_that_the_vocabulary_lacks_are_never_chosen():
     assert completions[2].ids[0] != completions[0].ids[0]
     assert "".join(generator.stream("To be", **options)) == completions[0].text
     assert generator.beam_search("To be", num_beams=2, **options)  # decodes: it has no unknown ids
-    conversation = tf_gpt2.text.conversation.Conversation(generator, jit_compile=False)
+    conversation = Conversation(generator, jit_compile=False)
     assert "".join(conversation.add("To be", max_new_tokens=6)) == completions[0].text
 
 
