@@ -171,11 +171,12 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         read(write(tmp_path, tensors))
 
 
-def test_a_pickle_is_not_read(tmp_path):
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5"])
+def test_other_files_of_weights_are_not_read(tmp_path, file):
     (tmp_path / "config.json").write_text(json.dumps(KEYS))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    (tmp_path / file).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     assert huggingface.is_here(tmp_path)
-    with pytest.raises(CheckpointError, match=r"as a pickle, pytorch_model\.bin.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=rf"are not read: {file} is .*save_pretrained\(folder\)"):
         read(tmp_path)
 
 

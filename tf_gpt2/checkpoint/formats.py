@@ -5,6 +5,7 @@ Knows nothing of vocabularies. Imports TensorFlow only for weights in OpenAI's f
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
@@ -108,6 +109,14 @@ def recognize(path: str | Path) -> tuple[str, Path]:
             f"*.safetensors, *.keras, *.weights.h5 or *.gguf; download a model with 'tf-gpt2 download 124M'"
         )
     return name, path.parent if name in OF_FOLDERS else path
+
+
+@functools.cache
+def tell_of_several(folder: Path, found: tuple[str, ...]) -> None:
+    """Says, once, which of several formats is taken."""
+    choices = ", ".join(str(folder / FORMATS[name].file) for name in found)
+    holds = "%s holds a model as %s; takes %s; to choose, name a file: %s"
+    logger.warning(holds, folder, ", ".join(found), found[0], choices)
 
 
 def is_of_others(folder: Path) -> bool:

@@ -22,7 +22,15 @@ from tf_gpt2.config import GPT2Config, read_text
 from tf_gpt2.errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TO_CONVERT: Mapping[str, str] = {
+    "pytorch_model.bin": "a pickle, which may run any program when it is read; convert it where PyTorch is: "
+    "GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder)",
+    "pytorch_model.bin.index.json": "pickles, which may run any program when they are read; convert them where PyTorch "
+    "is: GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder)",
+    "tf_model.h5": "a file of TFGPT2LMHeadModel; convert it with transformers 4 where PyTorch and TensorFlow are: "
+    "GPT2LMHeadModel.from_pretrained(folder, from_tf=True).save_pretrained(folder)",
+}
+"""Files of weights that are not read, and what the error says of each."""
 MOST_JSON_BYTES = 1 << 24
 ROWS_AT_ONCE = 2048
 
@@ -89,8 +97,8 @@ NO_WEIGHT = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
 
 
 def is_here(folder: Path) -> bool:
-    """Whether a folder has weights in this format, be it as a pickle."""
-    names = (WEIGHTS, INDEX, *PICKLES)
+    """Whether a folder has weights in this format, be it in files that must be converted first."""
+    names = (WEIGHTS, INDEX, *TO_CONVERT)
     return (folder / CONFIG).is_file() and any((folder / name).exists() for name in names)
 
 
@@ -219,18 +227,15 @@ def weight_files(folder: Path) -> list[Path]:
     """Lists the files with weights: one, or those that the index names.
 
     Raises:
-        CheckpointError: when there are none but pickles, or the index names a file outside of the folder.
+        CheckpointError: when there are only files that must be converted, or the index names a file outside of the folder.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
-        found = next((name for name in PICKLES if (folder / name).exists()), None)
+        found = next((name for name in TO_CONVERT if (folder / name).exists()), None)
         if found is None:
             raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; copy it again from its source")
-        raise CheckpointError(
-            f"{folder} has its weights as a pickle, {found}, which may run any program when it is read; convert it "
-            f"where PyTorch is: GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder)"
-        )
+        raise CheckpointError(f"the weights in {folder} are not read: {found} is {TO_CONVERT[found]}")
     named = read_json(folder / INDEX).get("weight_map")
     names = sorted(set(named.values())) if isinstance(named, dict) and all(map(is_text, named.values())) else []
     if not names:

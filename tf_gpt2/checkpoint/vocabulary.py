@@ -61,7 +61,7 @@ def read_huggingface_encoder(folder: Path, end_id: object = None) -> Encoder:
         for file in (settings, read_if_there(folder / SPECIAL)):
             end = token_text(file.get("eos_token")) or end
         encoder = Encoder(vocabulary, merges, special_tokens=special, end_of_text=end)
-        if isinstance(end_id, int) and end_id in encoder.decoder:
+        if isinstance(end_id, int) and end_id in encoder.decoder and end_id != encoder.end_of_text:
             end = encoder.decode([end_id])
             encoder = Encoder(vocabulary, merges, special_tokens=special, end_of_text=end)
         return encoder

@@ -94,9 +94,12 @@ def add_speed_options(command: argparse.ArgumentParser) -> None:
 
 def find_model(options: argparse.Namespace) -> Path:
     """Returns the folder or file of the model that the options name; downloads it when it is not there."""
+    from tf_gpt2.checkpoint.formats import recognize
     from tf_gpt2.checkpoint.load import find_folder
 
-    return find_folder(options.model_size, options.models_dir)
+    path = find_folder(options.model_size, options.models_dir)
+    recognize(path)  # says which of several formats is taken, before standard error is TensorFlow's
+    return path
 
 
 def load_generator(folder: Path, options: argparse.Namespace) -> TextGenerator:

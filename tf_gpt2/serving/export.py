@@ -75,6 +75,7 @@ def export_saved_model(
         ``folder / version``.
 
     Raises:
+        CheckpointError: when the generator's vocabulary cannot be used.
         FileExistsError: when the version exists, or another process made it meanwhile.
         ImportError: when ``warm_up="xla"`` and the extra ``serving`` is not installed.
         ParamsError: when weights hold NaN or infinity, for which a server would return empty texts.
@@ -99,6 +100,7 @@ def export_saved_model(
     requests = requests_for(warm_up, xla=xla)
     check_path(folder)
     check_weights(generator.model)
+    generator.encoder.encode("")  # raises where there is no vocabulary
     target = Path(folder) / str(version)
     if target.exists() and not overwrite:
         raise already_there(target)

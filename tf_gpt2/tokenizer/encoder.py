@@ -12,6 +12,7 @@ Knows nothing of models, of batches or of TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import json
@@ -143,7 +144,7 @@ class Encoder:
         self.errors = errors
         self.pat = regex.compile(PATTERN)
         self._check()
-        of_text = self._unmade_tokens() if special_tokens is None else special_tokens
+        of_text = self._special_by_default() if special_tokens is None else special_tokens
         self.special_tokens = {
             text: token if isinstance(token, SpecialToken) else SpecialToken(token) for text, token in of_text.items()
         }
@@ -335,18 +336,25 @@ class Encoder:
 
     def _check_complete(self) -> None:
         # PATTERN cuts special tokens into pieces. A merge makes each other token; if not, vocab.bpe was cut short.
-        for text in self._unmade_tokens():
-            if self.pat.fullmatch(text):
-                raise ValueError(f"no merge makes the token {self._symbols(text)!r}")
+        for token in self._unmade_tokens():
+            if self.pat.fullmatch(self._bytes(token).decode("utf-8", "replace")):
+                raise ValueError(f"no merge makes the token {token!r}")
 
-    def _unmade_tokens(self) -> dict[str, int]:
-        """Returns the texts and ids of the tokens that are no byte, and that no merge makes."""
+    def _unmade_tokens(self) -> list[str]:
+        """Returns the tokens that are no byte, and that no merge makes, in the order of their ids."""
         made = {left + right for left, right in self.bpe_ranks} | self.byte_decoder.keys()
-        unmade = {token: self.encoder[token] for token in self.encoder.keys() - made}
-        return {
-            bytes(self.byte_decoder[symbol] for symbol in token).decode("utf-8", "replace"): unmade[token]
-            for token in sorted(unmade, key=unmade.__getitem__)
-        }
+        return sorted(self.encoder.keys() - made, key=self.encoder.__getitem__)
+
+    def _special_by_default(self) -> dict[str, int]:
+        """Returns the texts and ids of the tokens that no merge makes; a part of a character is no text."""
+        special = {}
+        for token in self._unmade_tokens():
+            with contextlib.suppress(UnicodeDecodeError):
+                special[self._bytes(token).decode("utf-8")] = self.encoder[token]
+        return special
+
+    def _bytes(self, token: str) -> bytes:
+        return bytes([self.byte_decoder[symbol] for symbol in token])
 
     def _symbols(self, text: str) -> str:
         return "".join(self.byte_encoder[byte] for byte in text.encode("utf-8"))
