@@ -227,7 +227,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Lists the files with weights: one, or those that the index names.
 
     Raises:
-        CheckpointError: when there are only files that must be converted, or the index names a file outside of the folder.
+        CheckpointError: when there are only files that must be converted, or the index names a file elsewhere.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
