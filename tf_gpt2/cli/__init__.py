@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from tf_gpt2._version import package_version
+from tf_gpt2.cli.convert import add_convert
 from tf_gpt2.cli.export import add_export
 from tf_gpt2.cli.files import add_decode, add_download, add_encode, add_info
 from tf_gpt2.cli.generate import add_generate, add_interactive
@@ -109,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_perplexity,
         add_explain,
         add_export,
+        add_convert,
         add_download,
         add_encode,
         add_decode,

@@ -21,7 +21,8 @@ from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.cache import Cache, as_cache, with_room
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import Limits, cache_sizes, is_stop, with_own_cache
-from tf_gpt2.generation.options import check_counts, check_prompts, check_stop_ids, make_limits, pad
+from tf_gpt2.generation.options import check_counts, check_prompts, check_stop_ids, make_bias, make_limits, pad
+from tf_gpt2.generation.processors import EXCLUDED
 from tf_gpt2.generation.run import NO_NUMBERS, finish_reason
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -62,6 +63,7 @@ def beam_search(
     early_stopping: bool | str = False,
     num_return_sequences: int = 1,
     stop_ids: Sequence[int] = (),
+    suppress: Sequence[int] = (),
     jit_compile: bool = True,
 ) -> BeamSearchResult:
     """Continues each prompt in the likeliest ways that a search with ``num_beams`` beams finds.
@@ -84,6 +86,7 @@ def beam_search(
         num_return_sequences: how many to return per prompt, at most ``num_beams``; fewer where there are no more, as
             with one new token and a vocabulary smaller than that.
         stop_ids: ids that end a sequence.
+        suppress: ids that are not said.
         jit_compile: whether XLA compiles the loop: the first call for a shape takes seconds, the others are fast.
 
     Raises:
@@ -118,6 +121,7 @@ def beam_search(
         length_penalty=tf.constant(float(length_penalty)),
         ends_when_full=tf.constant(early_stopping is True),
         hopes_for_longest=tf.constant(early_stopping == "never" and length_penalty > 0),
+        is_banned=tf.constant(make_bias({}, suppress, [], model.config) == EXCLUDED),
     )
     state = run_search(model, *pad(rows, model.config), num_beams, search, jit_compile=jit_compile)
     return make_result(state.finished, rows, max_new_tokens, num_return_sequences)
@@ -163,12 +167,14 @@ class Search(NamedTuple):
             could become better than they are.
         hopes_for_longest: bool scalar, whether a beam's present sum is divided as if it had all tokens that it may
             have, and not only those it has, when it is asked whether it could become better.
+        is_banned: bool (V,), ids that are never said.
     """
 
     limits: Limits
     length_penalty: tf.Tensor
     ends_when_full: tf.Tensor
     hopes_for_longest: tf.Tensor
+    is_banned: tf.Tensor
 
 
 class Finished(NamedTuple):
@@ -292,7 +298,7 @@ def advance(state: Beams, logits: tf.Tensor, search: Search) -> Beams:
         search: how to compare, when to end.
     """
     n_prompts, n_beams = state.scores.shape
-    candidates = best_candidates(state, logits, search.limits)
+    candidates = best_candidates(state, logits, search)
     finished = best_of(state.finished, newly_finished(state, candidates, search))
     scores, kept = tf.math.top_k(tf.where(candidates.ends, NONE, candidates.scores), n_beams)  # (B, K)
     parents = tf.gather(candidates.parents, kept, batch_dims=1)
@@ -307,11 +313,11 @@ def advance(state: Beams, logits: tf.Tensor, search: Search) -> Beams:
     return state._replace(is_open=state.is_open & wants_more(state, search))
 
 
-def best_candidates(state: Beams, logits: tf.Tensor, limits: Limits) -> Candidates:
+def best_candidates(state: Beams, logits: tf.Tensor, search: Search) -> Candidates:
     """Returns the best continuations of each prompt by one token: so many that K of them do not stop."""
     n_prompts, n_beams = state.scores.shape
-    n_vocab = logits.shape[-1]
-    sums = state.scores[..., None] + tf.nn.log_softmax(logits)  # (B, K, V)
+    limits, n_vocab = search.limits, logits.shape[-1]
+    sums = tf.where(search.is_banned, NONE, state.scores[..., None] + tf.nn.log_softmax(logits))  # (B, K, V)
     n_candidates = n_beams * min(1 + limits.stop_ids.shape[0], n_vocab)
     scores, places = tf.math.top_k(tf.reshape(sums, (n_prompts, n_beams * n_vocab)), n_candidates)  # (B, N)
     parents, tokens = places // n_vocab, places % n_vocab

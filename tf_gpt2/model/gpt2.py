@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gpt2.checkpoint.openai import open_checkpoint
+from tf_gpt2.checkpoint.formats import open_weights
 from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
@@ -59,14 +59,25 @@ class GPT2Model(ParamTree, keras.Model):
         self.config = config
         self.dropout = dropout
         self.quantization = quantization
-        c = config.n_embd
-        self.blocks = [
-            Block(c, config.n_head, dropout, quantization, dtype=self.dtype_policy, name=f"h{i}")
-            for i in range(config.n_layer)
-        ]
-        self.ln_f = LayerNorm(c, dtype=self.dtype_policy, name="ln_f")
+        self.blocks = [self._make_block(i) for i in range(config.n_layer)]
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype=self.dtype_policy, name="ln_f")
         self.embd_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
         self.build((None, None))
+
+    def _make_block(self, layer: int) -> Block:
+        config = self.config
+        return Block(
+            config.n_embd,
+            config.n_head,
+            self.dropout,
+            self.quantization,
+            n_inner=config.n_inner,
+            activation=config.activation,
+            layer_norm_epsilon=config.layer_norm_epsilon,
+            score_divisor=config.score_divisor(layer),
+            dtype=self.dtype_policy,
+            name=f"h{layer}",
+        )
 
     def build(self, input_shape: Any) -> None:
         """Creates all weights; their shapes follow from the config alone."""
@@ -78,6 +89,10 @@ class GPT2Model(ParamTree, keras.Model):
             self.wpe = self.add_weight(
                 shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), autocast=False, name="wpe"
             )
+            if not config.tie_word_embeddings:
+                self.lm_head, self.lm_head_scale = add_matrix(
+                    self, "lm_head", shape, stddev=0.02, quantization=self.quantization
+                )
             for layer in (*self.blocks, self.ln_f):
                 layer.build((None, None, config.n_embd))
 
@@ -91,17 +106,16 @@ class GPT2Model(ParamTree, keras.Model):
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, **kwargs: Any) -> GPT2Model:
-        """Makes a model from a folder with OpenAI's files, one variable at a time to keep the memory low.
+        """Makes a model from a folder or file in any known format, one variable at a time to keep the memory low.
 
         Args:
-            folder: holds ``hparams.json`` and the TensorFlow checkpoint.
+            folder: holds OpenAI's or Hugging Face's files, or is or holds a file of Keras or of GGUF.
             **kwargs: as for the constructor.
 
         Raises:
             CheckpointError: when the folder is not a complete GPT-2 checkpoint.
         """
-        config = GPT2Config.from_file(Path(folder) / "hparams.json")
-        variables = open_checkpoint(folder, config)  # first: no model is built for a checkpoint that does not fit
+        config, variables = open_weights(folder)
         with blank_weights():
             model = cls(config, **kwargs)
         targets = dict(leaves(model.leaf_tree()))
@@ -110,9 +124,11 @@ class GPT2Model(ParamTree, keras.Model):
         return model
 
     def leaf_tree(self) -> Tree:
-        """Returns the whole tree, ``{"blocks", "ln_f", "wpe", "wte"}``."""
+        """Returns the whole tree, ``{"blocks", "ln_f", "wpe", "wte"}``, and ``"lm_head"`` where there is one."""
+        head = {} if self.config.tie_word_embeddings else {"lm_head": self._head_leaf()}
         return {
             "blocks": [block.leaf_tree() for block in self.blocks],
+            **head,
             "ln_f": self.ln_f.leaf_tree(),
             "wpe": Leaf(self.wpe),
             "wte": self._wte_leaf(),
@@ -120,6 +136,11 @@ class GPT2Model(ParamTree, keras.Model):
 
     def _wte_leaf(self) -> MatrixLeaf:
         return MatrixLeaf(self.wte, scale=self.wte_scale)
+
+    def _head_leaf(self) -> MatrixLeaf:
+        if self.config.tie_word_embeddings:
+            return self._wte_leaf()
+        return MatrixLeaf(self.lm_head, scale=self.lm_head_scale)
 
     def call(self, ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Computes logits at every position, float32 (B, T, V)."""
@@ -160,8 +181,8 @@ class GPT2Model(ParamTree, keras.Model):
         return formulas.embed_tokens(ids, self._wte_leaf().weight(), dtype=self.compute_dtype, ops=plain)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
-        """Multiplies by the token embedding: floats (..., C) -> float32 (..., V)."""
-        return formulas.logits(hidden, self._wte_leaf().weight(), ops=plain)
+        """Multiplies by the token embedding, or a head of its own: floats (..., C) -> float32 (..., V)."""
+        return formulas.logits(hidden, self._head_leaf().weight(), ops=plain)
 
     @property
     def input_dtype(self) -> str:

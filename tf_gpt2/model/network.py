@@ -62,7 +62,7 @@ class Network:
         return formulas.hidden_states(
             ids,
             self.weights,
-            n_head=self.config.n_head,
+            config=self.config,
             dtype=self.dtype,
             ops=self.ops,
             positions=positions,
@@ -80,7 +80,7 @@ class Network:
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Computes logits: floats (..., C) -> float32 (..., V)."""
-        return formulas.logits(hidden, self.weights["wte"], ops=self.ops)
+        return formulas.logits(hidden, formulas.head_of(self.weights), ops=self.ops)
 
 
 def network_of(model: GPT2Model, ops: Ops) -> Network:

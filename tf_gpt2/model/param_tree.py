@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
-from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, Matrix, dequantize, quantize
+from tf_gpt2.model.weights import ROWS_AT_ONCE, AnyMatrix, Int8Matrix, Matrix, dequantize, quantize
 
 _draws = contextvars.ContextVar("draws", default=True)
 
@@ -59,6 +59,12 @@ def add_matrix(
     return matrix, scale
 
 
+def parts_of_rows(n_rows: int) -> Iterator[slice]:
+    """Yields slices of rows, so many that copies of them are small beside a large matrix."""
+    for start in range(0, n_rows, ROWS_AT_ONCE):
+        yield slice(start, start + ROWS_AT_ONCE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One variable's place in the tree.
@@ -87,9 +93,13 @@ class Leaf:
         """Returns a copy of the variable as a NumPy array."""
         return np.asarray(self.variable.value).copy()
 
-    def write(self, array: np.ndarray | tf.Tensor) -> None:
-        """Assigns an array or a tensor; a tensor of the same dtype is not copied."""
-        self.variable.assign(array)
+    def write(self, array: Any) -> None:
+        """Assigns an array, or a tensor, which is not copied; of other values that have rows, some rows at a time."""
+        if isinstance(array, np.ndarray | tf.Tensor):
+            self.variable.assign(array)
+            return
+        for rows in parts_of_rows(array.shape[0]):
+            self.variable.value[rows].assign(tf.cast(array[rows], self.variable.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +136,17 @@ class MatrixLeaf(Leaf):
         array = np.asarray(value if self.scale is None else dequantize(value, self.scale.value))
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
-    def write(self, array: np.ndarray | tf.Tensor) -> None:
+    def write(self, array: Any) -> None:
         """Assigns an array in the tree's orientation; rounds it where the matrix is an 8-bit one."""
-        value = tf.transpose(array) if self.transposed else array
-        if self.scale is not None:
-            value, scale = quantize(value)
-            self.scale.assign(scale)
-        self.variable.assign(value)
+        if self.transposed:
+            array = tf.transpose(array[:])
+        if self.scale is None:
+            super().write(array)
+            return
+        for rows in parts_of_rows(array.shape[0]):
+            value, scale = quantize(array[rows])
+            self.variable.value[rows].assign(value)
+            self.scale.value[rows].assign(scale)
 
 
 class ParamTree:

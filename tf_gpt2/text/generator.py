@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 from tf_gpt2.checkpoint.load import find_folder, read_encoder_and_config
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.generate import stream_row, warm_up
-from tf_gpt2.generation.options import SamplingOptions, check_counts, check_names, check_prompt, make_request
+from tf_gpt2.generation.options import SamplingOptions, check_counts, check_names, check_prompt, items_of, make_request
 from tf_gpt2.generation.scoring import Progress, Score, score
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.text.batches import check_texts, complete_many, encode_prompt
@@ -32,10 +32,10 @@ class TextGenerator:
 
     Args:
         model: the model.
-        encoder: its vocabulary.
+        encoder: its vocabulary; ids of the model that it lacks are never chosen.
 
     Raises:
-        ValueError: when model and vocabulary have different numbers of tokens.
+        ValueError: when the vocabulary has ids that the model lacks.
 
     Example:
         >>> from tf_gpt2.checkpoint.download import embedded_dir
@@ -44,19 +44,22 @@ class TextGenerator:
     """
 
     def __init__(self, model: GPT2Model, encoder: Encoder):
-        if len(encoder) != model.config.n_vocab:
+        n_vocab = model.config.n_vocab
+        if max(encoder.decoder, default=0) >= n_vocab:
             raise ValueError(
-                f"encoder has {len(encoder)} tokens and model n_vocab={model.config.n_vocab}; take both from one folder"
+                f"encoder has {len(encoder)} tokens and model n_vocab={n_vocab}; take both from one folder"
             )
         self.model = model
         self.encoder = encoder
+        self.unknown_ids = [i for i in range(n_vocab) if i not in encoder.decoder] if len(encoder) else []
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, *, dtype: str = "float32") -> TextGenerator:
-        """Makes a generator from a folder with the seven files.
+        """Makes a generator from a folder or file in any known format.
 
         Args:
-            folder: such as ``"checkpoints/tiny"``.
+            folder: such as ``"checkpoints/tiny"``: holds OpenAI's or Hugging Face's files, or is or holds a file of
+                Keras or of GGUF.
             dtype: of the weights and of the arithmetic, ``"float32"`` or ``"bfloat16"``; ``"int8"`` keeps the
                 matrices as 8-bit integers and computes in float32.
 
@@ -73,8 +76,8 @@ class TextGenerator:
         """Makes a generator from a model's name or folder; downloads OpenAI's files when they are not there.
 
         Args:
-            model: ``"124M"``, ``"355M"``, ``"774M"``, ``"1558M"``, ``"tiny"`` (embedded), the name of a folder in
-                ``models_dir``, or the path of a folder.
+            model: ``"124M"``, ``"355M"``, ``"774M"``, ``"1558M"``, ``"tiny"`` (embedded), the name of a folder or
+                file in ``models_dir``, or the path of a folder or file, in any known format.
             models_dir: holds one folder per model; downloads go there.
             dtype: as for ``from_checkpoint``.
 
@@ -228,7 +231,7 @@ class TextGenerator:
             overflow=overflow,
             prompt_lookup=prompt_lookup,
             jit_compile=jit_compile,
-            **options,
+            **self.without_unknown(options),
         )
         completions = complete_many(
             self.model, self.encoder, prompts, request, stops=stops, batch_size=batch_size, progress=progress
@@ -284,7 +287,7 @@ class TextGenerator:
             overflow=overflow,
             prompt_lookup=prompt_lookup,
             jit_compile=jit_compile,
-            **options,
+            **self.without_unknown(options),
         )
         return pieces.texts(stream_row(self.model, row, request))
 
@@ -317,11 +320,19 @@ class TextGenerator:
 
         def search(several: Iterable[str]) -> Iterator[list[tuple[str, float]]]:
             rows = [self.encode_prompt(text) for text in check_texts("prompts", several)]
-            result = beam_search(self.model, rows, stop_ids=self.stop_ids(stop_at_end_of_text), **options)
+            allowed: BeamOptions = {**options, "suppress": [*options.get("suppress", ()), *self.unknown_ids]}
+            result = beam_search(self.model, rows, stop_ids=self.stop_ids(stop_at_end_of_text), **allowed)
             for ids, scores in zip(result.ids, result.scores, strict=True):
                 yield list(zip(map(self.encoder.decode, ids), scores, strict=True))
 
         return answer(prompts, search)
+
+    def without_unknown(self, options: SamplingOptions) -> SamplingOptions:
+        """Returns options that also keep the model from ids that the vocabulary lacks."""
+        asked = items_of(options.get("suppress", ()))
+        if not self.unknown_ids or asked is None:  # None: make_request says what is wrong
+            return options
+        return {**options, "suppress": [*asked, *self.unknown_ids]}
 
     def stop_ids(self, stop_at_end_of_text: bool) -> list[int]:
         """Returns the ids that end a text."""
