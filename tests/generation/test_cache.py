@@ -15,7 +15,6 @@ from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import decode, grow, prefill
 from tf_gpt2.model.arithmetic import graph, plain, xla
-from tf_gpt2.model.arithmetic.xla import MOST_ROWS_APART
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import network_of

@@ -88,7 +88,8 @@ def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
 def add_speed_options(command: argparse.ArgumentParser) -> None:
     """Adds the options that decide how fast a model runs."""
     command.set_defaults(computes=True)
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the weights")
+    dtypes = ("float32", "bfloat16", "int8", "int4")
+    command.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights")
     command.add_argument("--threads", type=positive, metavar="N", help="cores to compute on; all by default")
 
 

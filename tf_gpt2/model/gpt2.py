@@ -31,8 +31,9 @@ class GPT2Model(ParamTree, keras.Model):
     Args:
         config: the hyperparameters.
         dropout: rate after the embeddings and inside the blocks, active in training only; 0.1 in the paper.
-        quantization: ``"int8"`` keeps the matrices as 8-bit integers with a scale per output, for inference only;
-            ``set_weights`` then rounds the given weights, and ``get_params`` returns the rounded values.
+        quantization: ``"int8"`` keeps the matrices as 8-bit integers with a scale per output, ``"int4"`` those of the
+            blocks as 4-bit integers with a scale per output and 32 inputs, for inference only; ``set_weights`` then
+            rounds the given weights, and ``get_params`` returns the rounded values.
         dtype: a Keras dtype policy: ``"float32"``, ``"bfloat16"``, ``"mixed_bfloat16"``. Each computes layer norm and
             softmax in float32; the logits are rounded to the compute dtype, and returned as float32.
 
@@ -83,15 +84,17 @@ class GPT2Model(ParamTree, keras.Model):
         """Creates all weights; their shapes follow from the config alone."""
         config = self.config
         shape = (config.n_vocab, config.n_embd)
+        # a table at either end costs more quality in 4 bits than all blocks do
+        quantization = "int8" if self.quantization == "int4" else self.quantization
         # TensorFlow keeps 35 kB for ever for each new name of a variable, and Keras's names number the models
         with tf.name_scope("gpt2/"):
-            self.wte, self.wte_scale = add_matrix(self, "wte", shape, stddev=0.02, quantization=self.quantization)
+            self.wte, self.wte_scale = add_matrix(self, "wte", shape, stddev=0.02, quantization=quantization)
             self.wpe = self.add_weight(
                 shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), autocast=False, name="wpe"
             )
             if not config.tie_word_embeddings:
                 self.lm_head, self.lm_head_scale = add_matrix(
-                    self, "lm_head", shape, stddev=0.02, quantization=self.quantization
+                    self, "lm_head", shape, stddev=0.02, quantization=quantization
                 )
             for layer in (*self.blocks, self.ln_f):
                 layer.build((None, None, config.n_embd))
@@ -135,12 +138,12 @@ class GPT2Model(ParamTree, keras.Model):
         }
 
     def _wte_leaf(self) -> MatrixLeaf:
-        return MatrixLeaf(self.wte, scale=self.wte_scale)
+        return MatrixLeaf(self.wte, self.config.n_embd, scale=self.wte_scale)
 
     def _head_leaf(self) -> MatrixLeaf:
         if self.config.tie_word_embeddings:
             return self._wte_leaf()
-        return MatrixLeaf(self.lm_head, scale=self.lm_head_scale)
+        return MatrixLeaf(self.lm_head, self.config.n_embd, scale=self.lm_head_scale)
 
     def call(self, ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Computes logits at every position, float32 (B, T, V)."""
@@ -209,7 +212,7 @@ class GPT2Model(ParamTree, keras.Model):
         """
         raise NotImplementedError(
             f"mode={mode!r}: a GPT2Model is quantized when it is made, small = GPT2Model(model.config, "
-            f"quantization='int8'), and takes the weights with small.set_weights(model.get_params())"
+            f"quantization='int8' or 'int4'), and takes the weights with small.set_weights(model.get_params())"
         )
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:

@@ -42,7 +42,7 @@ class Linear(ParamTree, keras.layers.Layer):
     Args:
         n_in: width of the input.
         n_out: width of the output.
-        quantization: ``"int8"`` keeps ``w`` as 8-bit integers, for inference only.
+        quantization: ``"int8"`` or ``"int4"`` keeps ``w`` as 8-bit or 4-bit integers, for inference only.
 
     Call arguments:
         x: floats (..., n_in) -> (..., n_out).
@@ -62,7 +62,7 @@ class Linear(ParamTree, keras.layers.Layer):
 
     def leaf_tree(self) -> Tree:
         """Returns the tree ``{"b", "w"}``."""
-        return {"b": Leaf(self.b), "w": MatrixLeaf(self.w, transposed=True, scale=self.w_scale)}
+        return {"b": Leaf(self.b), "w": MatrixLeaf(self.w, self.n_in, transposed=True, scale=self.w_scale)}
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Computes ``x @ w + b`` in the layer's compute dtype."""

@@ -5,11 +5,14 @@ Each function names the test that fails when a new TensorFlow breaks it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.eager import context
 
 
@@ -79,3 +82,47 @@ def watches_operations() -> bool:
     Test: ``tests/model/test_keras.py``, ``test_checks_of_numbers_find_nothing_in_a_sound_model``.
     """
     return bool(context.context().op_callbacks)
+
+
+def ffi_api() -> int | None:
+    """Returns the address of XLA's table of functions for foreign ones, or ``None`` where there is none.
+
+    Test: ``tests/model/test_native.py``.
+    """
+    path = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
+    try:
+        find = ctypes.CDLL(str(path))._ZN3xla3ffi12GetXlaFfiApiEv
+    except (OSError, AttributeError):
+        return None
+    find.restype = ctypes.c_void_p
+    return find()
+
+
+def call_foreign(name: str, inputs: Sequence[tf.Tensor], shape: Sequence[int]) -> tf.Tensor:
+    """Calls a function that is registered with XLA's foreign function interface; only XLA can compile that.
+
+    Args:
+        name: of the function.
+        inputs: tensors of known shapes.
+        shape: of the result, float32.
+
+    Test: ``tests/model/test_native.py``.
+    """
+    kinds = [tensor_kind(x.shape, x.dtype) for x in inputs]
+    kind = tensor_kind(shape, tf.float32)
+    parameters = ", ".join(f"%x{i}: {kind_of_input}" for i, kind_of_input in enumerate(kinds))
+    names = ", ".join(f"%x{i}" for i in range(len(inputs)))
+    module = (
+        f"module @m {{ func.func public @main({parameters}) -> {kind} {{ "
+        f"%y = stablehlo.custom_call @{name}({names}) {{api_version = 4 : i32, backend_config = {{}}}} : "
+        f"({', '.join(kinds)}) -> {kind} return %y : {kind} }} }}"
+    )
+    return gen_xla_ops.xla_call_module(
+        list(inputs), version=4, module=module, Sout=[list(shape)], Tout=[tf.float32], platforms=["CPU"]
+    )[0]
+
+
+def tensor_kind(shape: Sequence[int], dtype: tf.DType) -> str:
+    """Returns a tensor's type as StableHLO writes it."""
+    names = {tf.float32: "f32", tf.bfloat16: "bf16", tf.int8: "i8", tf.uint8: "ui8"}
+    return f"tensor<{'x'.join(map(str, shape))}x{names[dtype]}>"

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-DTYPES = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
+DTYPES = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+}
 """What each name means for ``GPT2Model``."""
 
 
@@ -61,7 +66,8 @@ class TextGenerator:
             folder: such as ``"checkpoints/tiny"``: holds OpenAI's or Hugging Face's files, or is or holds a file of
                 Keras or of GGUF.
             dtype: of the weights and of the arithmetic, ``"float32"`` or ``"bfloat16"``; ``"int8"`` keeps the
-                matrices as 8-bit integers and computes in float32.
+                matrices as 8-bit integers, and ``"int4"`` those of the blocks as 4-bit ones; both compute in float32,
+                and round what they multiply to 8 bits where that is faster.
 
         Raises:
             CheckpointError: when a file is missing or damaged.
