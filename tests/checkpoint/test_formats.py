@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import random
 import shutil
 
 import h5py
@@ -231,6 +232,21 @@ def test_damaged_files_of_keras_are_checkpoint_errors(saved, tmp_path, damage):
         path.write_bytes({"cut": whole[:-2000], "empty": b"", "other": b"PK\x03\x04" * 50}[damage])
     with pytest.raises(CheckpointError, match=r"model\.keras"):
         GPT2Model.from_checkpoint(path)
+
+
+def test_damaged_bytes_in_keras_files_are_read_or_refused(saved, tmp_path):
+    path, rng, n_refused = tmp_path / "model.keras", random.Random(1), 0
+    whole = (saved / "keras" / "model.keras").read_bytes()
+    for _ in range(100):
+        body = bytearray(whole)
+        for _ in range(rng.randrange(1, 30)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        path.write_bytes(body[: rng.choice([len(body), rng.randrange(len(body))])])
+        try:
+            list(keras_files.open_weights(path, keras_files.read_config(path)))
+        except CheckpointError:
+            n_refused += 1
+    assert n_refused > 40
 
 
 def test_keras_files_that_refer_elsewhere_are_refused(saved, model, tmp_path):

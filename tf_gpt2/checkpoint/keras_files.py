@@ -9,11 +9,13 @@ Source: keras 3.15, ``saving/saving_lib.py``.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +27,9 @@ from tf_gpt2.errors import CheckpointError
 MODEL, WEIGHTS, HPARAMS = "model.keras", "model.weights.h5", "hparams.json"
 SUFFIX, WEIGHTS_SUFFIX = ".keras", ".weights.h5"
 REGISTERED_NAME = "tf_gpt2>GPT2Model"
+
+LOCAL_HEADER_BYTES = 30
+"""Bytes before a member's name in a zip file; the last four tell the lengths of the name and of what follows it."""
 
 LAST: Mapping[str, int] = {"w": 0, "g": 0, "b": 1}
 """Last part of a leaf's path -> its place among the variables of its layer, which Keras numbers."""
@@ -136,11 +141,75 @@ def opened(file: Path) -> Iterator[Any]:
         with contextlib.ExitStack() as stack:
             source: Any = file
             if file.name.endswith(SUFFIX):
-                archive = stack.enter_context(zipfile.ZipFile(file))
-                source = stack.enter_context(archive.open(WEIGHTS))
+                source = open_member(file, stack)
             yield stack.enter_context(h5py.File(source, "r"))
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        EOFError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise CheckpointError(f"cannot read {file}: {str(error)[:300]}; save the model again") from error
+
+
+def open_member(file: Path, stack: contextlib.ExitStack) -> Any:
+    """Opens the weights inside a ``.keras`` file; a file object that may seek.
+
+    Keras does not compress them, so they are read where they stand: zipfile would read all that is before, each time.
+    """
+    archive = stack.enter_context(zipfile.ZipFile(file))
+    info = archive.getinfo(WEIGHTS)
+    if info.compress_type != zipfile.ZIP_STORED:
+        return stack.enter_context(archive.open(info))
+    whole = stack.enter_context(file.open("rb"))
+    whole.seek(info.header_offset + LOCAL_HEADER_BYTES - 4)
+    n_name, n_extra = struct.unpack("<HH", whole.read(4))
+    return Region(whole, info.header_offset + LOCAL_HEADER_BYTES + n_name + n_extra, info.file_size)
+
+
+class Region(io.RawIOBase):
+    """A part of an open file as a file.
+
+    Args:
+        file: the whole.
+        start: the part's first byte.
+        size: its length in bytes.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        super().__init__()
+        self.file, self.start, self.size, self.at = file, start, size, 0
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Sets the place of the next read, and returns it."""
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        """Returns the place of the next read."""
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a buffer; returns how many bytes were there."""
+        view = memoryview(buffer).cast("B")
+        n_bytes = min(len(view), max(self.size - self.at, 0))
+        self.file.seek(self.start + self.at)
+        body = self.file.read(n_bytes)
+        view[: len(body)] = body
+        self.at += len(body)
+        return len(body)
 
 
 def places(store: Any, leaf: str) -> tuple[str, str | None]:
