@@ -1,8 +1,8 @@
 """Spark as the engine of a job over files, and for a DataFrame of one's own.
 
 Spark gives work to Python processes on all machines, which load the model once each, and gives the work of one that
-dies to another. The weights are copied into memory that TensorFlow owns: OpenAI's files hold no arrays that it could map.
-Executors fork their Python processes, so TensorFlow is imported in these alone.
+dies to another. The weights are copied into memory that TensorFlow owns: OpenAI's files hold no arrays that it could
+map. Executors fork their Python processes, so TensorFlow is imported in these alone.
 
     from tf_gpt2.jobs.kinds import Generate
     from tf_gpt2.jobs.spark import answer
