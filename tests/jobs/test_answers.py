@@ -38,7 +38,7 @@ def test_generated_texts_are_those_of_a_direct_call_with_the_records_seed(genera
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_neighbours_order_and_batches_change_no_text(generator, drawn, batch_size):
-    shuffled = records_of(TEXTS) + [{"id": "bad", "text": ""}, {"id": "long", "text": "x" * 3000}]
+    shuffled = [*records_of(TEXTS), {"id": "bad", "text": ""}, {"id": "long", "text": "x" * 3000}]
     random.Random(0).shuffle(shuffled)
     options = {"temperature": 0.9, "seed": 3, "max_new_tokens": 9, "batch_size": batch_size}
     found = {one["id"]: one for one in answers.generate(generator, shuffled, **options)}
