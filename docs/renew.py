@@ -374,8 +374,8 @@ def jobs_table() -> str:
     gains = [f"{two / one:.2f} ({size})" for one, two, size in zip(ones, twos, sizes, strict=True)]
     note = (
         f"\n{settings['n_tokens']} new tokens per prompt of 4 to 32 words, greedy, batches of "
-        f"{settings['batch_size']}, float32; 124M's shapes have random weights. The start is what passes until the first batch, with Spark the "
-        f"first part, is answered. From one worker of one core to two: {' and '.join(gains)} times. "
+        f"{settings['batch_size']}, float32; 124M's shapes have random weights. The start is "
+        f"what passes until the first batch, with Spark the first part, is answered. From one worker of one core to two: {' and '.join(gains)} times. "
         f"`python -m benchmarks.jobs`; {result['machine']['cpu']}, {result['machine']['n_cores']} cores, "
         f"{result['date'][:10]}."
     )
@@ -395,8 +395,8 @@ def jobs_arithmetic() -> str:
     note = (
         f"\nFor {result['settings']['n_tokens']} new tokens each, on machines like the measured one, of "
         f"{result['machine']['n_cores']} cores: ten million records at Spark's rate per machine, divided by the "
-        f"machines, and once the start and the last part of 1024 records. Computed, not run; at the price of a machine-hour, the "
-        f"last figures are the cost."
+        f"machines, and once the start and the last part of 1024 records. Computed, not "
+        f"run; at the price of a machine-hour, the last figures are the cost."
     )
     head = ["| model | records/s of a machine | a part | 10 machines | 100 machines |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows, note])
