@@ -373,9 +373,9 @@ def jobs_table() -> str:
     ones, twos = ([of[name]["records_per_s"] for of in sizes.values()] for name in [*JOB_ENGINES][2:4])
     gains = [f"{two / one:.2f} ({size})" for one, two, size in zip(ones, twos, sizes, strict=True)]
     note = (
-        f"\n{settings['n_tokens']} new tokens per prompt of 4 to 32 words, greedy, batches of "
-        f"{settings['batch_size']}, float32; 124M's shapes have random weights. The start is "
-        f"what passes until the first batch, with Spark the first part, is answered. From one worker of one core to two: {' and '.join(gains)} times. "
+        f"\n{settings['n_tokens']} new tokens a prompt of 4 to 32 words, greedy, batches of {settings['batch_size']}, "
+        f"float32; 124M's shapes have random weights. The start is what passes until the first batch is answered, with "
+        f"Spark the first part. From one worker of one core to two: {' and '.join(gains)} times. "
         f"`python -m benchmarks.jobs`; {result['machine']['cpu']}, {result['machine']['n_cores']} cores, "
         f"{result['date'][:10]}."
     )
