@@ -49,8 +49,8 @@ def renewed() -> dict[Path, str]:
         "step": step_table(),
         "serving": serving_table(),
         "tokenizer": tokenizer_table(),
-        "jobs": jobs_table(),
-        "jobs_arithmetic": jobs_arithmetic(),
+        "jobs": jobs_table() if (RESULTS / "jobs.json").exists() else "Not measured yet.",
+        "jobs_arithmetic": jobs_arithmetic() if (RESULTS / "jobs.json").exists() else "Not measured yet.",
         "layers": layers(),
         "modules": modules(),
         "internals": internals_table(),
@@ -373,7 +373,7 @@ def jobs_table() -> str:
     ones, twos = ([of[name]["records_per_s"] for of in sizes.values()] for name in [*JOB_ENGINES][2:4])
     gains = [f"{two / one:.2f} ({size})" for one, two, size in zip(ones, twos, sizes, strict=True)]
     note = (
-        f"\n{settings['n_tokens']} new tokens a prompt of 4 to 32 words, greedy, batches of {settings['batch_size']}, "
+        f"\n{settings['n_tokens']} new tokens a prompt of 4 to 16 words, greedy, batches of {settings['batch_size']}, "
         f"float32; 124M's shapes have random weights. The start is what passes until the first batch is answered, with "
         f"Spark the first part. From one worker of one core to two: {' and '.join(gains)} times. "
         f"`python -m benchmarks.jobs`; {result['machine']['cpu']}, {result['machine']['n_cores']} cores, "
