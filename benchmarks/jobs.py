@@ -123,11 +123,11 @@ def model_folder(size: str, folder: Path) -> Path:
 
 
 def make_prompts(n_prompts: int) -> list[str]:
-    """Returns texts of 4 to 16 words, at most 150 characters."""
-    words = TEXT.read_text(encoding="utf-8").split()
+    """Returns texts of 4 to 16 words, at most 100 characters."""
+    words = [word for word in TEXT.read_text(encoding="utf-8").split() if word.isascii()]
     random = np.random.default_rng(0)
     starts, lengths = random.integers(len(words) - 16, size=n_prompts), random.integers(4, 17, size=n_prompts)
-    return [" ".join(words[start : start + n])[:150] for start, n in zip(starts, lengths, strict=True)]
+    return [" ".join(words[start : start + n])[:100] for start, n in zip(starts, lengths, strict=True)]
 
 
 def rate_of_loop(generator: TextGenerator, prompts: list[str], arguments: argparse.Namespace) -> dict[str, float]:

@@ -46,11 +46,12 @@ def test_lines_of_text_are_records_even_if_empty(tmp_path, part_size):
 
 
 @pytest.mark.parametrize("part_size", [1, 7, 100])
-def test_rows_of_parquet_are_read_across_row_groups(tmp_path, part_size):
+def test_rows_of_parquet_are_read_across_row_groups(tmp_path, part_size, monkeypatch):
     path = tmp_path / "a.parquet"
     ids, top_k = [*range(1, 24)], [3 if i % 2 else None for i in range(23)]
     table = pyarrow.table({"text": ["x" * i for i in ids], "id": ids, "top_k": top_k})
     pyarrow.parquet.write_table(table, path, row_group_size=5)
+    monkeypatch.setattr("tf_gpt2.jobs.inputs.ROWS_AT_ONCE", 2)
     records = read_all(path, part_size)
     assert [(record.id, len(record.text)) for record in records] == [(i, i) for i in ids]
     assert [record.options for record in records] == [{"top_k": 3} if i % 2 else {} for i in range(23)]

@@ -26,6 +26,8 @@ ENDINGS = {".jsonl": JSONL, ".ndjson": JSONL, ".json": JSONL, ".txt": TEXT, ".pa
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BYTES_PER_PART = 64 << 20
 """Text after which a part ends before it has all its records, so that a worker's memory stays bounded."""
+ROWS_AT_ONCE = 1024
+"""Rows of Parquet that are decoded together."""
 NEED_PYARROW = "Parquet needs pyarrow; pip install 'tf_gpt2[parquet]'"
 
 OnRead = Callable[[int], None]
@@ -243,17 +245,28 @@ def read_lines(part: Part) -> Iterator[Record]:
 
 
 def read_rows(part: Part) -> Iterator[Record]:
-    """Yields the records of a part of a Parquet file; opens only the row groups that it lies in."""
-    end, n_before = part.first + part.n_records, 0
+    """Yields the records of a part of Parquet: opens only its row groups, and reads few rows at once."""
+    end, position = part.first + part.n_records, 0
     with open_parquet(part.file.path) as table:
         for group in range(table.num_row_groups):
             n_rows = table.metadata.row_group(group).num_rows
-            if n_before < end and n_before + n_rows > part.first:
-                start = max(0, part.first - n_before)
-                rows = table.read_row_group(group).slice(start, min(end, n_before + n_rows) - n_before - start)
-                for number, fields in enumerate(rows.to_pylist(), n_before + start):
-                    yield make_record(fields, f"{part.file.name}:{number + 1}")
-            n_before += n_rows
+            if position < end and position + n_rows > part.first:
+                batches = table.iter_batches(ROWS_AT_ONCE, [group])
+                for number, fields in rows_between(batches, part.first - position, end - position):
+                    yield make_record(fields, f"{part.file.name}:{position + number + 1}")
+            position += n_rows
+
+
+def rows_between(batches: Iterable[Any], first: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the rows from ``first`` up to ``end`` of Arrow's batches, with their numbers."""
+    position = 0
+    for batch in batches:
+        start = max(0, first - position)
+        if start < batch.num_rows:
+            yield from enumerate(batch.slice(start, max(0, end - position - start)).to_pylist(), position + start)
+        position += batch.num_rows
+        if position >= end:
+            return
 
 
 def id_type(part: Part) -> str:
