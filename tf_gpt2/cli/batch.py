@@ -173,7 +173,8 @@ def threads_of(options: argparse.Namespace) -> int | None:
     """Returns how many cores a worker computes on: its share, if there are several on this machine."""
     if options.threads is not None or options.workers == 1 or options.spark:
         return options.threads
-    return max(1, len(os.sched_getaffinity(0)) // options.workers)
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, n_cores // options.workers)
 
 
 def engine_of(options: argparse.Namespace) -> Engine:
@@ -182,6 +183,8 @@ def engine_of(options: argparse.Namespace) -> Engine:
         if options.spark_conf:
             raise ValueError("--spark_conf needs --spark URL")
         return on_processes(options.workers)
+    if options.workers > 1:
+        raise ValueError("--workers is for this machine; with --spark the cluster's executors count")
     from tf_gpt2.jobs.spark import on_spark
 
     settings = dict(setting.partition("=")[::2] for setting in options.spark_conf)

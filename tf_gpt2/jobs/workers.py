@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MOST_DEATHS = 3
 """Workers that may die with the same part; the next one would, too."""
+PATIENCE_S = 10.0
+"""Longest wait for a worker without work to end by itself, so that it notes what it compiled for the next process."""
 BATCH, DONE, FAILED = "batch", "done", "failed"
 """What a worker tells."""
 
@@ -56,6 +58,7 @@ def run_workers(task: Task, parts: Sequence[Part], on_batch: OnBatch, n_workers:
     todo = collections.deque(parts)
     deaths: collections.Counter[int] = collections.Counter()
     workers: dict[Any, Worker] = {}
+    idle: list[Worker] = []
     try:
         while todo or workers:
             while todo and len(workers) < n_workers:
@@ -80,10 +83,13 @@ def run_workers(task: Task, parts: Sequence[Part], on_batch: OnBatch, n_workers:
                 if todo:
                     worker.give(todo.popleft())
                 else:
-                    workers.pop(connection).end()
+                    idle.append(workers.pop(connection))
+                    idle[-1].dismiss()
                 yield value
     finally:
         for worker in workers.values():
+            worker.kill()
+        for worker in idle:
             worker.end()
 
 
@@ -138,11 +144,23 @@ class Worker:
         except OSError:
             return
 
-    def end(self) -> int:
-        """Ends the process, whatever it does, and returns its exit code."""
+    def dismiss(self) -> None:
+        """Lets the process end by itself."""
         self.connection.close()
+
+    def kill(self) -> None:
+        """Ends the process at once, whatever it does."""
         self._process.kill()
-        return self._process.wait()
+        self.end()
+
+    def end(self) -> int:
+        """Waits for the end of the process, but not long; returns its exit code."""
+        self.dismiss()
+        try:
+            return self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
 
 def serve(connection: Any) -> None:
