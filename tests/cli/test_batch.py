@@ -124,8 +124,10 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert error.value.code == 2
 
 
-def test_a_setting_of_spark_needs_spark(capfdbinary):
-    assert (
-        cli.main(["batch", "embed", "--input", "a", "--output", "b", "--model_size=tiny", "--spark_conf", "a=b"]) == 1
-    )
-    assert b"--spark URL" in capfdbinary.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--spark_conf", "a=b"], b"--spark URL"), (["--spark", "spark://host:7077", "--workers", "2"], b"--workers")],
+)
+def test_options_that_do_not_go_together_are_named(arguments, words, capfdbinary):
+    assert cli.main(["batch", "embed", "--input", "a", "--output", "b", "--model_size=tiny", *arguments]) == 1
+    assert words in capfdbinary.readouterr().err
