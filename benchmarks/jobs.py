@@ -70,11 +70,12 @@ def main() -> None:
     if arguments.output.exists():
         stored = json.loads(arguments.output.read_text(encoding="utf-8"))
         result["sizes"] = stored["sizes"] if stored["settings"]["n_tokens"] == arguments.n_tokens else {}
-    with tempfile.TemporaryDirectory() as folder:
-        for size in arguments.sizes:
-            measured = measure(size, Path(folder), arguments)
-            result["sizes"].setdefault(size, {}).update(measured)
-    store(result, arguments.output)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for size in arguments.sizes:
+                measure(size, Path(folder), arguments, result["sizes"].setdefault(size, {}))
+    finally:  # an engine that fails costs no measurement
+        store(result, arguments.output)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,19 +91,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(size: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(size: str, folder: Path, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Measures the loop and each engine with one model."""
     model, prompts = model_folder(size, folder), make_prompts(N_PROMPTS[size])
     lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate([*prompts, *prompts])]
     (folder / f"{size}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     wait_until_quiet(arguments.patience_s)
-    found: dict[str, Any] = {"n_prompts": len(prompts)}
+    found["n_prompts"] = len(prompts)
     found["loop"] = rate_of_loop(load_generator(model, "float32", None), prompts, arguments)
     show(size, "loop", found)
     for name in arguments.engines:
         found[name] = rate_of_job(*engines()[name], model, folder / f"{size}.jsonl", arguments)
         show(size, name, found)
-    return found
 
 
 def model_folder(size: str, folder: Path) -> Path:
