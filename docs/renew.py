@@ -49,11 +49,13 @@ def renewed() -> dict[Path, str]:
         "step": step_table(),
         "serving": serving_table(),
         "tokenizer": tokenizer_table(),
+        "jobs": jobs_table() if (RESULTS / "jobs.json").exists() else "Not measured yet.",
+        "jobs_arithmetic": jobs_arithmetic() if (RESULTS / "jobs.json").exists() else "Not measured yet.",
         "layers": layers(),
         "modules": modules(),
         "internals": internals_table(),
     }
-    names = "README.md", "CONTRIBUTING.md", "docs/design.md", "docs/performance.md", "docs/serving.md"
+    names = "README.md", "CONTRIBUTING.md", "docs/design.md", "docs/performance.md", "docs/serving.md", "docs/batch.md"
     documents = {ROOT / name: fill(ROOT / name, sections) for name in names}
     return {**documents, ROOT / "docs" / "command_line.md": command_line()}
 
@@ -77,11 +79,12 @@ def fill(path: Path, sections: dict[str, str]) -> str:
 def command_line() -> str:
     """Returns the help text of each command."""
     os.environ["COLUMNS"] = "100"
-    from tf_gpt2.cli import make_parser
+    from tf_gpt2.cli import leaf_commands, make_parser
 
-    parser = make_parser()
-    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
-    parts = [f"## {name}\n\n```text\n{command.format_help().rstrip()}\n```\n" for name, command in commands.items()]
+    parts = [
+        f"## {command.prog.removeprefix('tf-gpt2 ')}\n\n```text\n{command.format_help().rstrip()}\n```\n"
+        for command in leaf_commands(make_parser())
+    ]
     return "\n".join([COMMAND_LINE, *parts])
 
 
@@ -338,6 +341,65 @@ def tokenizer_table() -> str:
             f"{result['machine']['cpu']}, {result['date'][:10]}.",
         ]
     )
+
+
+JOB_ENGINES = {
+    "loop": "a loop over `TextGenerator.generate`",
+    "here": "`batch`, one process, two cores",
+    "one worker, one core": "`batch --workers 1 --threads 1`",
+    "two workers, one core each": "`batch --workers 2`",
+    "spark": "`batch --spark`, one executor of two cores",
+}
+"""The ways to answer records that were measured, as a reader knows them."""
+
+
+def jobs_table() -> str:
+    """Returns the rates of jobs beside that of a plain loop."""
+    result = load("jobs")
+    sizes = result["sizes"]
+    heads = [f"{size}, {of['n_prompts']} prompts | × loop | start, s" for size, of in sizes.items()]
+    lines = [
+        f"| records/s | {' | '.join(heads)} |",
+        f"|---|{'---|---|---|' * len(sizes)}",
+    ]
+    for engine, name in JOB_ENGINES.items():
+        cells = []
+        for of in sizes.values():
+            rate = of[engine]["records_per_s"]
+            start = "" if engine == "loop" else f"{of[engine]['start_s']:.1f}"
+            cells.append(f"{rate:.1f} | {rate / of['loop']['records_per_s']:.2f} | {start}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    settings = result["settings"]
+    ones, twos = ([of[name]["records_per_s"] for of in sizes.values()] for name in [*JOB_ENGINES][2:4])
+    gains = [f"{two / one:.2f} ({size})" for one, two, size in zip(ones, twos, sizes, strict=True)]
+    note = (
+        f"\n{settings['n_tokens']} new tokens a prompt of 4 to 16 words, greedy, batches of {settings['batch_size']}, "
+        f"float32; 124M's shapes have random weights. The start is what passes until the first batch is answered, with "
+        f"Spark the first part. From one worker of one core to two: {' and '.join(gains)} times. "
+        f"`python -m benchmarks.jobs`; {result['machine']['cpu']}, {result['machine']['n_cores']} cores, "
+        f"{result['date'][:10]}."
+    )
+    return "\n".join([*lines, note])
+
+
+def jobs_arithmetic() -> str:
+    """Returns what ten million prompts take, computed from the measured rates."""
+    result = load("jobs")
+    n_prompts, rows = 10_000_000, []
+    for size, of in result["sizes"].items():
+        rate = of["spark"]["records_per_s"]
+        start_h, part_h = of["spark"]["start_s"] / 3600, 1024 / rate / 3600
+        hours = {n: n_prompts / rate / n / 3600 + start_h + part_h for n in (10, 100)}
+        cells = [f"{hours[n]:.1f} h, {hours[n] * n:.0f} machine-hours" for n in hours]
+        rows.append(f"| {size} | {rate:.1f} | {3600 * part_h:.0f} s | {' | '.join(cells)} |")
+    note = (
+        f"\nFor {result['settings']['n_tokens']} new tokens each, on machines like the measured one, of "
+        f"{result['machine']['n_cores']} cores: ten million records at Spark's rate per machine, divided by the "
+        f"machines, and once the start and the last part of 1024 records. Computed, not "
+        f"run; at the price of a machine-hour, the last figures are the cost."
+    )
+    head = ["| model | records/s of a machine | a part | 10 machines | 100 machines |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows, note])
 
 
 def layers() -> str:

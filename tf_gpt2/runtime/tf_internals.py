@@ -87,7 +87,7 @@ def watches_operations() -> bool:
 def ffi_api() -> int | None:
     """Returns the address of XLA's table of functions for foreign ones, or ``None`` where there is none.
 
-    Test: ``tests/model/test_native.py``.
+    Test: ``tests/model/test_native.py``, ``test_xla_gets_what_the_library_computes``.
     """
     path = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
     try:
@@ -106,7 +106,7 @@ def call_foreign(name: str, inputs: Sequence[tf.Tensor], shape: Sequence[int]) -
         inputs: tensors of known shapes.
         shape: of the result, float32.
 
-    Test: ``tests/model/test_native.py``.
+    Test: ``tests/model/test_native.py``, ``test_xla_gets_what_the_library_computes``.
     """
     kinds = [tensor_kind(x.shape, x.dtype) for x in inputs]
     kind = tensor_kind(shape, tf.float32)
