@@ -436,8 +436,8 @@ def internals_table() -> str:
     """Returns a table of what the package needs of TensorFlow beyond its documented interface, each with its test."""
     lines = ["| function | what it does | test |", "|---|---|---|"]
     for node in ast.parse(INTERNALS.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            docstring = ast.get_docstring(node) or ""
+        docstring = (isinstance(node, ast.FunctionDef) and ast.get_docstring(node)) or ""
+        if "Test: " in docstring:
             summary = " ".join(docstring.partition("\n")[0].split()).replace("``", "`")
             path, name = re.findall(r"``([^`]+)``", docstring.partition("Test: ")[2])
             lines.append(f"| `{node.name}` | {summary} | [{Path(path).name}]({path}), `{name}` |")
