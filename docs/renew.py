@@ -51,12 +51,14 @@ def renewed() -> dict[Path, str]:
         "tokenizer": tokenizer_table(),
         "jobs": jobs_table() if (RESULTS / "jobs.json").exists() else "Not measured yet.",
         "jobs_arithmetic": jobs_arithmetic() if (RESULTS / "jobs.json").exists() else "Not measured yet.",
+        "training": training_table(),
         "layers": layers(),
         "modules": modules(),
         "internals": internals_table(),
     }
-    names = "README.md", "CONTRIBUTING.md", "docs/design.md", "docs/performance.md", "docs/serving.md", "docs/batch.md"
-    documents = {ROOT / name: fill(ROOT / name, sections) for name in names}
+    names = ("design", "performance", "serving", "batch", "training")
+    paths = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in names))
+    documents = {ROOT / path: fill(ROOT / path, sections) for path in paths}
     return {**documents, ROOT / "docs" / "command_line.md": command_line()}
 
 
@@ -91,6 +93,35 @@ def command_line() -> str:
 def load(name: str) -> dict[str, Any]:
     """Reads one result."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def training_table() -> str:
+    """Returns the tables of training steps, one for each kind of processor."""
+    parts = []
+    for kind, report in load("training").items():
+        names = list(dict.fromkeys(engine for cell in report["cells"].values() for engine in cell))
+        lines = ["| tokens/s (peak, GB) | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        for cell, engines in report["cells"].items():
+            figures = [
+                f"{engines[name]['tokens_per_s']:.0f} ({engines[name]['peak_bytes'] / 1e9:.1f})"
+                if name in engines
+                else ""
+                for name in names
+            ]
+            lines.append(f"| {cell} | " + " | ".join(figures) + " |")
+        found = {
+            name: version
+            for cell in report["cells"].values()
+            for engine in cell.values()
+            for name, version in engine["versions"].items()
+        }
+        of = ", ".join(f"{name} {version}" for name, version in sorted(found.items()))
+        lines += [
+            "",
+            f"{kind}, {report['settings']['threads']} threads, {report['date'][:10]}; {of}.",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def generation_table() -> str:

@@ -1,5 +1,6 @@
-"""The notebook runs from top to bottom on the embedded checkpoint."""
+"""The notebooks run from top to bottom on the embedded checkpoint."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
 
 class ThisPython(KernelSpecManager):
@@ -20,14 +22,18 @@ class ThisPython(KernelSpecManager):
         return spec
 
 
-@pytest.fixture(scope="module")
-def notebook():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+def execute(path):
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}})
     client.create_kernel_manager()
     client.km.kernel_spec_manager = ThisPython()
     client.execute()
     return notebook
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return execute(NOTEBOOK)
 
 
 def outputs(notebook):
@@ -51,3 +57,13 @@ def test_the_stored_outputs_are_the_true_ones(notebook):
     stored, _ = outputs(nbformat.read(NOTEBOOK, as_version=4))
     executed, _ = outputs(notebook)
     assert stored.split("GenerationResult")[0] == executed.split("GenerationResult")[0]
+
+
+def test_the_one_on_fine_tuning_shows_a_curve_and_texts():
+    text, kinds = outputs(execute(EXAMPLES / "finetune.ipynb"))
+    before, after = (float(number) for number in re.search(r"([\d.]+) -> ([\d.]+) nats", text).groups())
+    assert after < 0.9 * before
+    assert "of 1,751,520 numbers are trained" in text
+    assert "True" in text
+    assert "['adapter_config.json', 'adapter_model.safetensors']" in text
+    assert "image/png" in kinds

@@ -16,6 +16,7 @@ from tf_gpt2.cli.batch import add_batch
 from tf_gpt2.cli.convert import add_convert
 from tf_gpt2.cli.export import add_export
 from tf_gpt2.cli.files import add_decode, add_download, add_encode, add_info
+from tf_gpt2.cli.finetune import add_finetune
 from tf_gpt2.cli.generate import add_generate, add_interactive
 from tf_gpt2.cli.measure import add_explain, add_perplexity
 from tf_gpt2.cli.options import Parser
@@ -113,6 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_batch,
         add_export,
         add_convert,
+        add_finetune,
         add_download,
         add_encode,
         add_decode,

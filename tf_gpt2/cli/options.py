@@ -90,6 +90,7 @@ def add_speed_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(computes=True)
     dtypes = ("float32", "bfloat16", "int8", "int4")
     command.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights")
+    command.add_argument("--adapter", type=Path, metavar="DIR", help="folder of a LoRA adapter, PEFT's too")
     command.add_argument("--threads", type=positive, metavar="N", help="cores to compute on; all by default")
 
 
@@ -116,7 +117,7 @@ def load_generator(folder: Path, options: argparse.Namespace) -> TextGenerator:
     prepare_process()
     if options.threads is not None:
         tf.config.threading.set_intra_op_parallelism_threads(options.threads)
-    return TextGenerator.from_checkpoint(folder, dtype=options.dtype)
+    return TextGenerator.from_checkpoint(folder, dtype=options.dtype, adapter=options.adapter)
 
 
 def natural(text: str) -> int:

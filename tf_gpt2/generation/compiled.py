@@ -51,7 +51,7 @@ class Compiled:
             return self.function(weights, *args)
         flat_weights = [x for x in tf.nest.flatten(weights) if x is not None]
         flat_args = tf.nest.flatten(args)
-        of_weights = tuple(x.dtype for x in flat_weights)  # their shapes follow from the config
+        of_weights = tuple((x.dtype, x.shape) for x in flat_weights)  # shapes, because LoRA's have any rank
         of_args = tuple(x if isinstance(x, int) else (tuple(x.shape), x.dtype) for x in flat_args)
         if (of_weights, of_args) not in self._traced:
             with without_collector():

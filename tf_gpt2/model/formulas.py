@@ -19,7 +19,7 @@ from tf_gpt2.config import LAYER_NORM_EPS, GPT2Config
 from tf_gpt2.model.arithmetic import Ops
 from tf_gpt2.model.arithmetic.activations import activate
 from tf_gpt2.model.arithmetic.shapes import shape_of
-from tf_gpt2.model.weights import AnyMatrix, Int8Matrix
+from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, LoraMatrix, Matrix
 
 Weights = Any
 """The parameter tree, or a part of it: nested dicts, ``blocks`` a list."""
@@ -55,6 +55,15 @@ class Past(NamedTuple):
 
 Extend = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
 """Puts new keys and values, (N, T, D), behind earlier ones; returns all, (N, S, D), and a mask, (N or 1, T, S)."""
+
+
+Drop = Callable[[tf.Tensor, str], tf.Tensor]
+"""Applies dropout to a tensor whose first axis counts rows, at the place that the name tells."""
+
+
+def keep_all(x: tf.Tensor, place: str) -> tf.Tensor:
+    """Returns ``x``: no dropout, as outside of training."""
+    return x
 
 
 def hidden_states(
@@ -125,24 +134,45 @@ def embed_tokens(ids: tf.Tensor, wte: AnyMatrix, *, dtype: str, ops: Ops) -> tf.
 
 
 def block(
-    x: tf.Tensor, w: Weights, past: Past | None, divisor: Any = None, *, config: GPT2Config, ops: Ops
+    x: tf.Tensor,
+    w: Weights,
+    past: Past | None,
+    divisor: Any = None,
+    *,
+    config: GPT2Config,
+    ops: Ops,
+    drop: Drop = keep_all,
 ) -> tuple[tf.Tensor, KeyValues]:
     """Adds attention's and the MLP's contributions to ``x``, (B, T, C); ``divisor`` is that of ``attend``."""
     epsilon = config.layer_norm_epsilon
     x_1 = norm(x, w["ln_1"], ops=ops, epsilon=epsilon)
-    attended, key_values = attention(x_1, w["attn"], past, divisor, n_head=config.n_head, ops=ops)
-    x = x + attended
+    attended, key_values = attention(x_1, w["attn"], past, divisor, n_head=config.n_head, ops=ops, drop=drop)
+    x = x + drop(attended, "attn")
     x_2 = norm(x, w["ln_2"], ops=ops, epsilon=epsilon)
-    return x + mlp(x_2, w["mlp"], ops=ops, activation=config.activation), key_values
+    return x + drop(mlp(x_2, w["mlp"], ops=ops, activation=config.activation), "mlp"), key_values
 
 
 def attention(
-    x: tf.Tensor, w: Weights, past: Past | None, divisor: Any = None, *, n_head: int, ops: Ops
+    x: tf.Tensor,
+    w: Weights,
+    past: Past | None,
+    divisor: Any = None,
+    *,
+    n_head: int,
+    ops: Ops,
+    drop: Drop = keep_all,
 ) -> tuple[tf.Tensor, KeyValues]:
     """Lets each position see itself and earlier ones: (B, T, C) -> (B, T, C)."""
     qkv = linear(x, w["c_attn"], ops=ops)  # (B, T, 3C)
     extend = None if past is None else functools.partial(write_behind, past, ops)
-    out, key_values = attend(qkv, n_head=n_head, ops=ops, divisor=divisor, extend=extend)
+    out, key_values = attend(
+        qkv,
+        n_head=n_head,
+        ops=ops,
+        divisor=divisor,
+        extend=extend,
+        drop=lambda weights: drop(weights, "attn_weights"),
+    )
     return linear(tf.cast(out, x.dtype), w["c_proj"], ops=ops), key_values
 
 
@@ -208,7 +238,15 @@ def mlp(x: tf.Tensor, w: Weights, *, ops: Ops, activation: str = "gelu_new") -> 
 
 def linear(x: tf.Tensor, w: Weights, *, ops: Ops) -> tf.Tensor:
     """Computes ``x @ w + b``: (..., n_in) -> (..., n_out)."""
-    return ops.product(x, w["w"]) + tf.cast(w["b"], x.dtype)
+    return product(x, w["w"], ops=ops) + tf.cast(w["b"], x.dtype)
+
+
+def product(x: tf.Tensor, w: AnyMatrix | LoraMatrix, *, ops: Ops) -> tf.Tensor:
+    """Computes ``x @ w.T``, a low-rank addition apart: (..., n_in) -> (..., n_out)."""
+    if not isinstance(w, LoraMatrix):
+        return ops.product(x, w)
+    added = ops.product(ops.product(x, Matrix(w.a)), Matrix(w.b))
+    return ops.product(x, w.base) + added * tf.cast(w.scale, x.dtype)
 
 
 def norm(x: tf.Tensor, w: Weights, *, ops: Ops, epsilon: float = LAYER_NORM_EPS) -> tf.Tensor:

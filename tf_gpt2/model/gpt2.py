@@ -5,6 +5,8 @@ Knows nothing of text or of sampling.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tf_gpt2.checkpoint.formats import open_weights
 from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
-from tf_gpt2.model import formulas
+from tf_gpt2.model import formulas, lora
 from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.arithmetic.shapes import shape_of
 from tf_gpt2.model.layers import Block, LayerNorm
@@ -60,6 +62,7 @@ class GPT2Model(ParamTree, keras.Model):
         self.config = config
         self.dropout = dropout
         self.quantization = quantization
+        self.lora: lora.Lora | None = None
         self.blocks = [self._make_block(i) for i in range(config.n_layer)]
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype=self.dtype_policy, name="ln_f")
         self.embd_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
@@ -150,16 +153,46 @@ class GPT2Model(ParamTree, keras.Model):
         if is_mean_of_replicas(ids):
             ids = tf.cast(ids, tf.int32)
         check_ids(ids, self.config)
-        if training and self.quantization:
+        if training and self.quantization and self.lora is None:
             raise ValueError(
                 f"quantization={self.quantization!r} is for inference only: its weights are integers; train a model "
-                f"without, and quantize the weights that its get_params() returns"
+                f"without, and quantize the weights that its get_params() returns; or call enable_lora, and train "
+                f"that"
             )
         logits = self.logits(self.hidden_states(ids, training=training))
         if not tf.is_symbolic_tensor(ids):
             return logits
         # Compiled code cannot raise and clamps bad ids; NaN logits are better than wrong ones.
         return logits * one_or_nan(ids, self.config)
+
+    def enable_lora(
+        self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] = ("c_attn",), seed: int = 0
+    ) -> None:
+        """Freezes all weights, and adds ``alpha / rank * b @ a`` to each named matrix: ``a`` and ``b`` are trained.
+
+        The model computes as before until they are: ``b`` starts with zeros. A compiled model must be compiled again.
+
+        Args:
+            rank: of the additions.
+            alpha: their scale, times the rank; the rank by default.
+            targets: matrices of each block: ``"c_attn"``, ``"c_fc"``, ``"c_proj"`` for both of that name, or one of
+                them, as ``"mlp.c_proj"``.
+            seed: of ``a``.
+
+        Raises:
+            ValueError: when LoRA is on already, a name is none of these, or a number is out of range.
+
+        Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+        """
+        lora.enable(self, rank=rank, alpha=alpha, targets=targets, seed=seed)
+
+    def merge_lora(self) -> None:
+        """Adds what ``enable_lora`` added, as trained since, to the matrices themselves; all weights train again.
+
+        Raises:
+            ValueError: when LoRA is not on, or the matrices are quantized, and cannot hold the sum.
+        """
+        lora.merge(self)
 
     def hidden_states(self, ids: tf.Tensor, *, training: bool | None = None) -> tf.Tensor:
         """Runs embeddings, blocks and the last layer norm; does not check the ids.
@@ -181,11 +214,11 @@ class GPT2Model(ParamTree, keras.Model):
     def token_embeddings(self, ids: tf.Tensor) -> tf.Tensor:
         """Looks up rows of ``wte``: integers (B, T) -> (B, T, C) in the compute dtype."""
         ids = tf.cast(ids, tf.int32)
-        return formulas.embed_tokens(ids, self._wte_leaf().weight(), dtype=self.compute_dtype, ops=plain)
+        return formulas.embed_tokens(ids, self._wte_leaf().base(), dtype=self.compute_dtype, ops=plain)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Multiplies by the token embedding, or a head of its own: floats (..., C) -> float32 (..., V)."""
-        return formulas.logits(hidden, self._head_leaf().weight(), ops=plain)
+        return formulas.logits(hidden, self._head_leaf().base(), ops=plain)
 
     @property
     def input_dtype(self) -> str:
@@ -227,14 +260,17 @@ class GPT2Model(ParamTree, keras.Model):
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, the config as a plain dict."""
         arguments = {"config": self.config.to_hparams(), "dropout": self.dropout, "quantization": self.quantization}
-        return {**super().get_config(), **arguments}
+        of_lora = {} if self.lora is None else {"lora": dataclasses.asdict(self.lora)}
+        return {**super().get_config(), **arguments, **of_lora}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPT2Model:
         """Makes a model from the dict of ``get_config``; frozen layers and variables stay frozen."""
         arguments = {**config, "config": GPT2Config.from_hparams(config["config"])}
-        frozen = arguments.pop("frozen", None)
+        frozen, of_lora = arguments.pop("frozen", None), arguments.pop("lora", None)
         model = cls(**arguments)
+        if of_lora:
+            model.enable_lora(**of_lora)
         if frozen:
             freeze(model, frozen)
         return model

@@ -59,10 +59,13 @@ class Linear(ParamTree, keras.layers.Layer):
         shape = (self.n_out, self.n_in)
         self.w, self.w_scale = add_matrix(self, "w", shape, stddev=INIT_STDDEV, quantization=self.quantization)
         self.b = self.add_weight(shape=(self.n_out,), initializer="zeros", autocast=False, name="b")
+        self.lora_a = self.lora_b = self.lora_scale = None
 
     def leaf_tree(self) -> Tree:
         """Returns the tree ``{"b", "w"}``."""
-        return {"b": Leaf(self.b), "w": MatrixLeaf(self.w, self.n_in, transposed=True, scale=self.w_scale)}
+        lora = () if self.lora_a is None else (self.lora_a, self.lora_b, self.lora_scale)
+        matrix = MatrixLeaf(self.w, self.n_in, transposed=True, scale=self.w_scale, lora=lora)
+        return {"b": Leaf(self.b), "w": matrix}
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Computes ``x @ w + b`` in the layer's compute dtype."""

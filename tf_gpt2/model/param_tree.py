@@ -23,6 +23,7 @@ from tf_gpt2.model.weights import (
     AnyMatrix,
     Int4Matrix,
     Int8Matrix,
+    LoraMatrix,
     Matrix,
     floats_of,
     quantize,
@@ -130,11 +131,14 @@ class MatrixLeaf(Leaf):
         n_in: how many inputs.
         transposed: whether the tree's array is (n_in, n_out).
         scale: the scales of an 8-bit or 4-bit matrix.
+        lora: of a matrix with a low-rank addition, ``a``, ``b`` and ``scale`` of ``LoraMatrix``. What is read is the
+            sum; what is written is the sum, too: ``b`` becomes zero.
     """
 
     n_in: int = 0
     transposed: bool = False
     scale: keras.Variable | None = None
+    lora: tuple[keras.Variable, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -144,11 +148,16 @@ class MatrixLeaf(Leaf):
 
     @property
     def variables(self) -> tuple[keras.Variable, ...]:
-        """The matrix, and its scales if it is quantized."""
-        return (self.variable,) if self.scale is None else (self.variable, self.scale)
+        """The matrix, its scales if it is quantized, and its low-rank addition."""
+        return (self.variable, *(() if self.scale is None else (self.scale,)), *self.lora)
 
-    def weight(self) -> AnyMatrix:
+    def weight(self) -> AnyMatrix | LoraMatrix:
         """Returns the weight as the formulas take it; copies nothing."""
+        base = self.base()
+        return LoraMatrix(base, *(variable.value for variable in self.lora)) if self.lora else base
+
+    def base(self) -> AnyMatrix:
+        """Returns the matrix without a low-rank addition; copies nothing."""
         value = self.variable.value
         if self.scale is None:
             return Matrix(value)
@@ -156,7 +165,9 @@ class MatrixLeaf(Leaf):
 
     def read(self) -> np.ndarray:
         """Returns a copy of the matrix in the tree's orientation; float32 for a quantized one."""
-        array = np.asarray(floats_of(self.weight(), self.n_in))
+        array = np.asarray(floats_of(self.base(), self.n_in))
+        if self.lora:
+            array = with_addition(array, *self.lora)
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
     def write(self, array: Any) -> None:
@@ -174,6 +185,14 @@ class MatrixLeaf(Leaf):
             value, scale = quantize_4(array[:])
             self.variable.assign(value)
             self.scale.assign(scale)
+        if self.lora:
+            self.lora[1].assign(tf.zeros(self.lora[1].shape))
+
+
+def with_addition(array: np.ndarray, a: keras.Variable, b: keras.Variable, scale: keras.Variable) -> np.ndarray:
+    """Adds a low-rank addition to a matrix (n_out, n_in): computed in float64, rounded once to the matrix's dtype."""
+    wide_a, wide_b = (np.asarray(part.value).astype(np.float64) for part in (a, b))
+    return (array.astype(np.float64) + float(scale.value) * (wide_b @ wide_a)).astype(array.dtype)
 
 
 class ParamTree:

@@ -71,6 +71,24 @@ def floats_of(w: AnyMatrix, n_in: int) -> Any:
     return dequantize_4(w.value, w.scale)[:, :n_in] if isinstance(w, Int4Matrix) else w.value
 
 
+class LoraMatrix(NamedTuple):
+    """A matrix of any type with a low-rank addition: it computes ``base + scale * b @ a``, and never holds the sum.
+
+    Attributes:
+        base: the matrix, (n_out, n_in), which is not trained.
+        a: floats (r, n_in), a tensor or a variable.
+        b: floats (n_out, r).
+        scale: float32 ().
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+    """
+
+    base: AnyMatrix
+    a: Any
+    b: Any
+    scale: Any
+
+
 def quantize(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Rounds each row to 255 evenly spaced values, symmetric around zero.
 

@@ -12,6 +12,7 @@ from tf_gpt2.generation.generate import stream_row, warm_up
 from tf_gpt2.generation.options import SamplingOptions, check_counts, check_names, check_prompt, items_of, make_request
 from tf_gpt2.generation.scoring import Progress, Score, score
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.lora import load_lora
 from tf_gpt2.text.batches import check_texts, complete_many, encode_prompt
 from tf_gpt2.text.options import BeamOptions, CompletionOptions, check_several, check_stops, check_text
 from tf_gpt2.text.perplexity import Perplexity, measure_perplexity
@@ -59,7 +60,9 @@ class TextGenerator:
         self.unknown_ids = [i for i in range(n_vocab) if i not in encoder.decoder] if len(encoder) else []
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, *, dtype: str = "float32") -> TextGenerator:
+    def from_checkpoint(
+        cls, folder: str | Path, *, dtype: str = "float32", adapter: str | Path | None = None
+    ) -> TextGenerator:
         """Makes a generator from a folder or file in any known format.
 
         Args:
@@ -68,17 +71,31 @@ class TextGenerator:
             dtype: of the weights and of the arithmetic, ``"float32"`` or ``"bfloat16"``; ``"int8"`` keeps the
                 matrices as 8-bit integers, and ``"int4"`` those of the blocks as 4-bit ones; both compute in float32,
                 and round what they multiply to 8 bits where that is faster.
+            adapter: a folder with a LoRA adapter, as ``tf_gpt2.training.save_lora`` or PEFT writes it. In float32 it
+                is merged into the weights; in other dtypes it is kept apart, because they would round the sum.
 
         Raises:
-            CheckpointError: when a file is missing or damaged.
+            CheckpointError: when a file is missing or damaged, or the adapter does not fit.
             ValueError: when ``dtype`` is another.
         """
         check_dtype(dtype)
         encoder, _ = read_encoder_and_config(folder)  # first: a vocabulary is read faster than weights
-        return cls(GPT2Model.from_checkpoint(folder, **DTYPES[dtype]), encoder)
+        model = GPT2Model.from_checkpoint(folder, **DTYPES[dtype])
+        if adapter is not None:
+            load_lora(model, adapter)
+            if dtype == "float32":
+                model.merge_lora()
+        return cls(model, encoder)
 
     @classmethod
-    def load(cls, model: str | Path, models_dir: str | Path = "checkpoints", dtype: str = "float32") -> TextGenerator:
+    def load(
+        cls,
+        model: str | Path,
+        models_dir: str | Path = "checkpoints",
+        dtype: str = "float32",
+        *,
+        adapter: str | Path | None = None,
+    ) -> TextGenerator:
         """Makes a generator from a model's name or folder; downloads OpenAI's files when they are not there.
 
         Args:
@@ -86,9 +103,10 @@ class TextGenerator:
                 file in ``models_dir``, or the path of a folder or file, in any known format.
             models_dir: holds one folder per model; downloads go there.
             dtype: as for ``from_checkpoint``.
+            adapter: as for ``from_checkpoint``.
 
         Raises:
-            CheckpointError: when there is no such model, or a file is damaged.
+            CheckpointError: when there is no such model, a file is damaged, or the adapter does not fit.
             DownloadError: when files cannot be fetched.
             ValueError: when ``dtype`` is another.
 
@@ -96,7 +114,7 @@ class TextGenerator:
             >>> text = TextGenerator.load("tiny").generate("To be", max_new_tokens=5)
         """
         check_dtype(dtype)  # before a download
-        return cls.from_checkpoint(find_folder(model, models_dir), dtype=dtype)
+        return cls.from_checkpoint(find_folder(model, models_dir), dtype=dtype, adapter=adapter)
 
     # a str is an iterable of str, too: the first overload that fits counts
     @overload

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_gpt2.model.arithmetic import plain, xla
 from tf_gpt2.model.arithmetic.shapes import reshape_target, shape_of
-from tf_gpt2.model.weights import Int4Matrix, Int8Matrix, Matrix, dequantize, dequantize_4
+from tf_gpt2.model.weights import Int4Matrix, Int8Matrix, LoraMatrix, Matrix, dequantize, dequantize_4
 from tf_gpt2.runtime.tf_internals import not_inlined, owned_copy, write_in_place
 
 JIT_COMPILE = False
@@ -35,6 +35,8 @@ def prepare(weights: Any) -> Any:
         return Matrix(dequantize(weights.value, weights.scale))
     if isinstance(weights, Int4Matrix):
         return Matrix(dequantize_4(weights.value, weights.scale))
+    if isinstance(weights, LoraMatrix):
+        return weights._replace(base=prepare(weights.base))
     if isinstance(weights, dict):
         return {name: prepare(part) for name, part in weights.items()}
     return [prepare(part) for part in weights] if isinstance(weights, list) else weights

@@ -1,0 +1,226 @@
+"""LoRA: only the additions train, merging changes nothing, PEFT's folder is read and written, each type of matrix."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from reference import forward, lively_params
+
+from tf_gpt2 import CheckpointError, Encoder, GPT2Config, GPT2Model, TextGenerator, generate
+from tf_gpt2.checkpoint.params import leaves
+from tf_gpt2.generation.scoring import score
+from tf_gpt2.training import finetune, load_lora, save_lora
+
+CONFIG = GPT2Config(n_vocab=61, n_ctx=12, n_embd=12, n_head=3, n_layer=2)
+IDS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
+ALL = ("c_attn", "c_fc", "c_proj")
+
+
+def make_model(targets=None, **options):
+    model = GPT2Model(CONFIG, **options)
+    model.set_weights(lively_params(CONFIG))
+    if targets:
+        model.enable_lora(2, alpha=3, targets=targets)
+        rng = np.random.default_rng(1)
+        for variable in model.trainable_variables:
+            variable.assign(rng.standard_normal(variable.shape) * 0.2)
+    return model
+
+
+def test_the_model_is_as_before_until_it_is_trained():
+    model = make_model()
+    before = model(IDS).numpy()
+    model.enable_lora(2, alpha=16)
+    np.testing.assert_array_equal(model(IDS), before)
+    assert [tuple(v.shape) for v in model.trainable_variables] == [(2, 12), (36, 2)] * 2
+    assert model.lora.places == ("attn.c_attn",)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
+def test_only_the_additions_train(dtype):
+    options = {"quantization": "int8"} if dtype == "int8" else {"dtype": dtype}
+    model = make_model(ALL, **options)
+    trained = {id(variable) for variable in model.trainable_variables}
+    before = [np.asarray(variable.value).copy() for variable in model.variables]
+    data = tf.data.Dataset.from_tensors((IDS[:, :-1], IDS[:, 1:])).repeat(12)
+    losses = finetune(model, data, learning_rate=0.1, weight_decay=0.0, save_every=4, progress=False).history["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+    for variable, old in zip(model.variables, before, strict=True):
+        assert (id(variable) in trained) != np.array_equal(np.asarray(variable.value), old)
+
+
+def test_merging_changes_only_where_the_numbers_are():
+    model = make_model(ALL)
+    apart, expected = model(IDS).numpy(), forward(model.get_params(), IDS[0], n_head=3)
+    np.testing.assert_allclose(apart[0], expected, rtol=1e-4, atol=1e-4)
+    plain = make_model()(IDS).numpy()
+    assert np.abs(apart - plain).max() > 0.5
+    sum_before = dict(leaves(model.get_params()))
+    model.merge_lora()
+    np.testing.assert_allclose(model(IDS), apart, rtol=1e-4, atol=1e-4)
+    for path, array in leaves(model.get_params()):
+        np.testing.assert_array_equal(array, sum_before[path])
+    assert model.lora is None
+    assert len(model.trainable_variables) == len(model.variables) == len(make_model().variables)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_generation_and_scores_count_the_additions(dtype, jit_compile):
+    model = make_model(ALL, quantization="int8" if dtype == "int8" else None)
+    wide = GPT2Model(CONFIG)
+    wide.set_weights(model.get_params())
+    prompts = [[1, 2, 3], [4]]
+    options = {"max_new_tokens": 4, "jit_compile": jit_compile}
+    assert generate(model, prompts, **options).ids == generate(wide, prompts, **options).ids
+    ours, theirs = (score(m, IDS.tolist(), jit_compile=jit_compile) for m in (model, wide))
+    np.testing.assert_allclose(ours[0].logprobs, theirs[0].logprobs, atol=1e-3)
+
+
+def test_two_ranks_of_one_shape_of_model_do_not_meet():
+    for rank in (1, 3):
+        model = make_model()
+        model.enable_lora(rank)
+        assert len(generate(model, [[1, 2]], max_new_tokens=2, jit_compile=False).ids[0]) == 2
+
+
+def test_a_keras_file_keeps_the_additions(tmp_path):
+    model = make_model(ALL)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.lora == model.lora or loaded.lora.alpha == 3
+    np.testing.assert_array_equal(loaded(IDS), model(IDS))
+    assert len(loaded.trainable_variables) == len(model.trainable_variables)
+
+
+def test_plain_fit_trains_the_additions_of_an_int8_model():
+    model = make_model(quantization="int8")
+    model.enable_lora(4, targets=ALL)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.05), loss, jit_compile=False)
+    losses = model.fit(IDS[:, :-1], IDS[:, 1:], epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"alpha": -1}, "alpha must be above 0"),
+        ({"targets": ["wte"]}, "targets must be among .* got \\['wte'\\]"),
+        ({"targets": []}, "targets must be among"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().enable_lora(**arguments)
+
+
+def test_what_cannot_be_merged_or_enabled_twice_is_refused():
+    with pytest.raises(ValueError, match="integers cannot hold the sum"):
+        make_model(ALL, quantization="int8").merge_lora()
+    with pytest.raises(ValueError, match="LoRA is not on"):
+        make_model().merge_lora()
+    with pytest.raises(ValueError, match="LoRA is on already"):
+        make_model(ALL).enable_lora(2)
+
+
+# ---- PEFT's folder
+
+
+@pytest.mark.parametrize("targets", [("c_attn",), ("c_attn", "mlp.c_proj"), ALL])
+def test_an_adapter_comes_back_from_its_folder(tmp_path, targets):
+    model, other = make_model(targets), make_model()
+    save_lora(model, tmp_path / "adapter")
+    load_lora(other, tmp_path / "adapter")
+    np.testing.assert_array_equal(other(IDS), model(IDS))
+    assert other.lora.places == model.lora.places
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == ("LORA", 2, 3, True)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    save_lora(make_model(("c_attn",)), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"rank_pattern": {"c_attn": 4}}, "rank_pattern="),
+        ({"modules_to_save": ["wte"]}, "modules_to_save="),
+        ({"layers_to_transform": [0]}, "layers_to_transform="),
+        ({"a_key_of_tomorrow": 3}, "a_key_of_tomorrow=3"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"fan_in_fan_out": False}, "fan_in_fan_out=False"),
+        ({"r": 3}, "shape"),
+        ({"target_modules": ["c_attn", "c_fc"]}, "has no .*mlp.c_fc"),
+        ({"target_modules": ["lm_head"]}, "target_modules"),
+        ({"r": "two"}, "r='two'"),
+    ],
+)
+def test_what_we_lack_is_refused_by_its_key(adapter, changes, message):
+    change_config(adapter, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_lora(make_model(), adapter)
+
+
+def test_what_changes_nothing_is_accepted(adapter):
+    change_config(adapter, use_dora=False, inference_mode=True, lora_dropout=0.1, a_key_of_tomorrow=None, revision="x")
+    load_lora(make_model(), adapter)
+
+
+def test_rslora_has_its_own_scale(adapter):
+    change_config(adapter, use_rslora=True)
+    model = make_model()
+    load_lora(model, adapter)
+    assert float(model.blocks[0].attn.c_attn.lora_scale.value) == pytest.approx(3 / 2**0.5)
+
+
+def test_target_modules_may_be_a_regular_expression(adapter):
+    change_config(adapter, target_modules=r".*\.attn\.c_attn")
+    model = make_model()
+    load_lora(model, adapter)
+    np.testing.assert_array_equal(model(IDS), make_model(("c_attn",))(IDS))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_without_a_file_or_with_a_damaged_one_is_refused(adapter, name):
+    (adapter / name).write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=name):
+        load_lora(make_model(), adapter)
+    (adapter / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load_lora(make_model(), adapter)
+
+
+def test_an_adapter_of_another_size_is_refused(adapter):
+    other = GPT2Model(GPT2Config(n_vocab=61, n_ctx=12, n_embd=24, n_head=3, n_layer=2))
+    with pytest.raises(CheckpointError, match="shape"):
+        load_lora(other, adapter)
+    assert other.lora is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_generator_takes_an_adapter(tmp_path, dtype):
+    base = TextGenerator.load("tiny", dtype=dtype)
+    base.model.enable_lora(2, alpha=64)
+    for variable in base.model.trainable_variables:
+        variable.assign(np.random.default_rng(3).standard_normal(variable.shape) * 0.1)
+    save_lora(base.model, tmp_path)
+    loaded = TextGenerator.load("tiny", dtype=dtype, adapter=tmp_path)
+    assert isinstance(loaded.encoder, Encoder)
+    wanted = base.generate("To be", max_new_tokens=6, jit_compile=False)
+    assert loaded.generate("To be", max_new_tokens=6, jit_compile=False) == wanted
+    assert wanted != TextGenerator.load("tiny", dtype=dtype).generate("To be", max_new_tokens=6, jit_compile=False)

@@ -1,0 +1,100 @@
+"""AdamW in one pass over memory, and the learning rate: a linear warm-up, then half a cosine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+FINAL_SHARE = 0.1
+"""The learning rate at the end, as a share of the highest. Source: nanoGPT, ``train.py``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate of each update.
+
+    Attributes:
+        learning_rate: the highest, reached after the warm-up.
+        warmup_steps: updates of the warm-up.
+        steps: all updates.
+    """
+
+    learning_rate: float
+    warmup_steps: int
+    steps: int
+
+    def rate(self, update: int) -> float:
+        """Returns the learning rate of an update, counted from 0."""
+        if update < self.warmup_steps:
+            return self.learning_rate * (update + 1) / (self.warmup_steps + 1)
+        share = min(1.0, (update - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * share))
+        return self.learning_rate * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
+
+
+class AdamW:
+    """Adam with decoupled weight decay on what has two axes; epsilon is added to the corrected root, as in PyTorch.
+
+    Args:
+        variables: the weights of one device; float32.
+        weight_decay: times the learning rate, by which matrices shrink at each update.
+        beta_1: of the mean of gradients.
+        beta_2: of the mean of their squares.
+        epsilon: added to the root.
+
+    Attributes:
+        slots: the two means of each variable, in turn.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; nanoGPT's rule of what decays.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[tf.Variable],
+        *,
+        weight_decay: float,
+        beta_1: float = 0.9,
+        beta_2: float = 0.95,
+        epsilon: float = 1e-8,
+    ):
+        self.variables = list(variables)
+        self.slots: list[tf.Variable] = []
+        for variable in self.variables:
+            with tf.device(variable.device):
+                self.slots += [tf.Variable(tf.zeros(variable.shape), trainable=False) for _ in range(2)]
+        self._betas = beta_1, beta_2
+        self._epsilon = epsilon
+        self._decays = [weight_decay if len(variable.shape) > 1 else 0.0 for variable in self.variables]
+        # one device: XLA makes one pass over memory of each variable
+        is_alone = not tf.distribute.has_strategy()
+        self._update = tf.function(self._apply, jit_compile=is_alone, autograph=False)
+
+    def update(self, gradients: Sequence[tf.Tensor], *, scale: Any, rate: float, number: int) -> None:
+        """Changes the variables.
+
+        Args:
+            gradients: one per variable.
+            scale: float32 (), by which the gradients are multiplied first.
+            rate: the learning rate.
+            number: of the update, counted from 0.
+        """
+        corrections = [1 - beta ** (number + 1) for beta in self._betas]
+        numbers = tf.constant([rate, rate / corrections[0], 1 / math.sqrt(corrections[1])], tf.float32)
+        self._update(list(gradients), tf.convert_to_tensor(scale), numbers)
+
+    def _apply(self, gradients: Sequence[tf.Tensor], scale: tf.Tensor, numbers: tf.Tensor) -> None:
+        rate, step_size, root_scale = tf.unstack(numbers)
+        beta_1, beta_2 = self._betas
+        for i, (variable, gradient) in enumerate(zip(self.variables, gradients, strict=True)):
+            mean, square = self.slots[2 * i : 2 * i + 2]
+            gradient = gradient * scale
+            new_mean = mean + (gradient - mean) * (1 - beta_1)
+            new_square = square + (gradient * gradient - square) * (1 - beta_2)
+            root = tf.sqrt(new_square) * root_scale + self._epsilon
+            variable.assign(variable * (1 - rate * self._decays[i]) - step_size * new_mean / root)
+            mean.assign(new_mean)
+            square.assign(new_square)
