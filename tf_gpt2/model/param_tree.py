@@ -268,13 +268,11 @@ class ParamTree:
 
 def parts_of(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
     """Yields all layers inside a layer, with their paths, such as ``"blocks/0/attn"``."""
-    for name, value in vars(layer).items():
-        is_several = name == "blocks"
-        for i, part in enumerate(value if is_several else [value]):
-            if isinstance(part, keras.Layer):
-                inner = f"{path}{name}/{i}" if is_several else f"{path}{name}"
-                yield inner, part
-                yield from parts_of(part, f"{inner}/")
+    parts = [(name, value) for name, value in vars(layer).items() if isinstance(value, keras.Layer)]
+    parts += [(f"blocks/{i}", block) for i, block in enumerate(vars(layer).get("blocks", ()))]
+    for name, part in parts:
+        yield path + name, part
+        yield from parts_of(part, f"{path}{name}/")
 
 
 def frozen_parts(layer: Any) -> dict[str, list[str]]:
