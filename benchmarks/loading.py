@@ -79,7 +79,7 @@ def main() -> None:
                 if python_of(engine).exists():
                     runs[engine].append(run(engine, folder))
     for engine, of_engine in runs.items():
-        if of_engine:
+        if all(of_engine) and of_engine:
             figures = {name: median(one[name] for one in of_engine) for name in of_engine[0]}
             figures["peak_weights"] = figures["peak_bytes"] / (4 * CONFIG.n_params)
             result["engines"][engine] = figures
@@ -95,8 +95,11 @@ def run(engine: str, folder: Path) -> dict[str, float]:
     imports, load = PROGRAMS[engine]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
     command = [str(python_of(engine)), "-c", MEASURE.format(imports=imports, load=load), str(folder)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    figures: dict[str, float] = json.loads(output.splitlines()[-1])
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        print(f"{engine:14} failed: {result.stderr.strip().splitlines()[-1][:300]}")
+        return {}
+    figures: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return figures
 
 

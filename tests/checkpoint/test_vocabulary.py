@@ -50,12 +50,13 @@ def test_tokenizer_json_is_read_as_the_package_reads_it(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     encoder = vocabulary.read_huggingface_encoder(tmp_path)
     assert encoder.special_tokens["<mask>"] == SpecialToken(1026, lstrip=True)
+    assert encoder.special_tokens["<|user|>"] == SpecialToken(1025, first=False, control=False)
     assert_equal_on_texts(encoder, tokenizer)
     assert encoder.encode("[PAD]") == PLAIN.encode("[PAD]")
 
 
 def test_what_is_written_the_package_reads(tmp_path):
-    special = {"<|endoftext|>": 1023, "[PAD]": 1024, "<|user|>": SpecialToken(1025, first=False)}
+    special = {"<|endoftext|>": 1023, "[PAD]": 1024, "<|user|>": SpecialToken(1025, first=False, control=False)}
     encoder = Encoder(PLAIN.encoder, PLAIN.bpe_ranks, special_tokens=special)
     vocabulary.write_huggingface(encoder, tmp_path, 256)
     assert_equal_on_texts(encoder, Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
@@ -128,11 +129,11 @@ def entries_of(encoder, n_vocab):
 
 
 def test_gguf_has_all_tokens():
-    special = {"<|endoftext|>": 1023, "[PAD]": 1025, "a b": 1026}
+    special = {"<|endoftext|>": 1023, "[PAD]": 1025, "a b": SpecialToken(1026, control=False)}
     encoder = Encoder(PLAIN.encoder, PLAIN.bpe_ranks, special_tokens=special)
     entries = entries_of(encoder, 1030)
     assert len(entries["tokenizer.ggml.tokens"]) == 1030
-    assert entries["tokenizer.ggml.token_type"][1022:] == [1, 3, 5, 3, 3, 5, 5, 5]
+    assert entries["tokenizer.ggml.token_type"][1022:] == [1, 3, 5, 3, 4, 5, 5, 5]
     again = vocabulary.encoder_from_gguf(entries)
     assert (again.decoder, again.special_tokens, again.bpe_ranks) == (
         encoder.decoder,

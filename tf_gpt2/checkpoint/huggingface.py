@@ -150,6 +150,7 @@ def config_keys(config: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
         "model_type": "gpt2",
         **{name: getattr(config, ours) for name, ours in HONOURED.items()},
         "n_ctx": config.n_ctx,  # llama.cpp's converter reads this one
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1),  # KerasHub needs the first; the paper's
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": "float32",

@@ -7,6 +7,7 @@ Source: huggingface/tokenizers; transformers 5.24, ``models/gpt2/tokenization_gp
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,7 +120,10 @@ def special_token(token_id: object, flags: Mapping[str, Any]) -> SpecialToken:
         raise OtherTokenizerError("an added token has no id")
     names = ("lstrip", "rstrip", "single_word")
     return SpecialToken(
-        token_id, **{name: bool(flags.get(name)) for name in names}, first=not flags.get("normalized", False)
+        token_id,
+        **{name: bool(flags.get(name)) for name in names},
+        first=not flags.get("normalized", False),
+        control=bool(flags.get("special", True)),
     )
 
 
@@ -175,7 +179,7 @@ def write_huggingface(encoder: Encoder, folder: Path, n_ctx: int) -> None:
             "lstrip": token.lstrip,
             "rstrip": token.rstrip,
             "normalized": not token.first,
-            "special": True,
+            "special": token.control,
         }
         for text, token in sorted(encoder.special_tokens.items(), key=lambda item: item[1].id)
     }
@@ -255,7 +259,9 @@ def encoder_from_gguf(metadata: Mapping[str, Any]) -> Encoder:
     kinds = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     rows = list(enumerate(zip(tokens, kinds, strict=True)))
     vocabulary = {token: i for i, (token, kind) in rows if kind == NORMAL}
-    special = {token: SpecialToken(i) for i, (token, kind) in rows if kind in (CONTROL, USER_DEFINED)}
+    special = {
+        token: SpecialToken(i, control=kind == CONTROL) for i, (token, kind) in rows if kind in (CONTROL, USER_DEFINED)
+    }
     end_id = metadata.get("tokenizer.ggml.eos_token_id")
     end = next((text for text, token in special.items() if token.id == end_id), END_OF_TEXT)
     return Encoder(vocabulary, pairs_of(merges), special_tokens=special, end_of_text=end)
@@ -271,18 +277,17 @@ def pairs_of(lines: list[str]) -> list[Pair]:
 
 def gguf_entries(encoder: Encoder, n_vocab: int) -> list[tuple[str, int, Any]]:
     """Lists the vocabulary as entries of GGUF's metadata: key, type, value; ids that it lacks are marked as unused."""
-    special = {token.id: text for text, token in encoder.special_tokens.items()}
-    tokens, kinds = [], []
-    for i in range(n_vocab):
-        tokens.append(special.get(i, encoder.decoder.get(i, f"[unused{i}]")))
-        kinds.append(CONTROL if i in special else NORMAL if i in encoder.decoder else UNUSED)
+    texts = {token.id: text for text, token in encoder.special_tokens.items()}
+    kinds = dict.fromkeys(encoder.decoder, NORMAL)
+    kinds |= {token.id: CONTROL if token.control else USER_DEFINED for token in encoder.special_tokens.values()}
+    tokens = [texts.get(i, encoder.decoder.get(i, f"[unused{i}]")) for i in range(n_vocab)]
     end = encoder.end_of_text
     ids = ("bos", "eos") if end is not None else ()
     return [
         ("tokenizer.ggml.model", gguf.STRING, "gpt2"),
         ("tokenizer.ggml.pre", gguf.STRING, "gpt-2"),
         ("tokenizer.ggml.tokens", gguf.ARRAY, tokens),
-        ("tokenizer.ggml.token_type", gguf.ARRAY, kinds),
+        ("tokenizer.ggml.token_type", gguf.ARRAY, [kinds.get(i, UNUSED) for i in range(n_vocab)]),
         ("tokenizer.ggml.merges", gguf.ARRAY, merge_lines(encoder)),
         *((f"tokenizer.ggml.{name}_token_id", gguf.UINT32, end) for name in ids),
         ("tokenizer.ggml.add_bos_token", gguf.BOOL, False),
@@ -300,8 +305,9 @@ def check_openai(encoder: Encoder) -> None:
     vocabulary = {token: token_id for token_id, token in encoder.decoder.items()}
     if len(vocabulary) == len(encoder.decoder):
         again = Encoder(vocabulary, encoder.bpe_ranks)
-    plain = {text: SpecialToken(token.id) for text, token in encoder.special_tokens.items()}
-    if again is None or again.special_tokens != plain or again.end_of_text != encoder.end_of_text:
+    # whether a token is a mark or a word has no effect here
+    wanted = {text: dataclasses.replace(token, control=True) for text, token in encoder.special_tokens.items()}
+    if again is None or again.special_tokens != wanted or again.end_of_text != encoder.end_of_text:
         raise ValueError(
             "encoder.json and vocab.bpe cannot express the special tokens of this vocabulary "
             f"({', '.join(list(encoder.special_tokens)[:10])}); take format='huggingface'"

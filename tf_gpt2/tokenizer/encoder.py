@@ -83,8 +83,10 @@ class SpecialToken:
         lstrip, rstrip: whether it takes the white space on its left, on its right, too.
         single_word: whether it counts only where no letter or digit is beside it.
         first: whether it is looked for before those that are not ``first``.
+        control: whether it is a mark, which other programs may leave out of text, and not a word that was added.
 
-    Source: huggingface/tokenizers, ``AddedToken``; ``first`` is the opposite of ``normalized``.
+    Source: huggingface/tokenizers, ``AddedToken``; ``first`` is the opposite of ``normalized``,
+    ``control`` is ``special``.
     """
 
     id: int
@@ -92,6 +94,7 @@ class SpecialToken:
     rstrip: bool = False
     single_word: bool = False
     first: bool = True
+    control: bool = True
 
 
 class Encoder:
