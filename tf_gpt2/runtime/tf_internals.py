@@ -112,9 +112,7 @@ def call_foreign(name: str, inputs: Sequence[tf.Tensor], shape: Sequence[int]) -
     kinds = [f"tensor<{'x'.join(map(str, x.shape))}x{dtypes[x.dtype]}>" for x in inputs]
     kind = f"tensor<{'x'.join(map(str, shape))}xf32>"
     names = [f"%x{i}" for i in range(len(inputs))]
-    parameters = ", ".join(
-        f"{parameter}: {kind_of_input}" for parameter, kind_of_input in zip(names, kinds, strict=True)
-    )
+    parameters = ", ".join(f"{x}: {kind_of_x}" for x, kind_of_x in zip(names, kinds, strict=True))
     module = (  # StableHLO
         f"module @m {{ func.func public @main({parameters}) -> {kind} {{ "
         f"%y = stablehlo.custom_call @{name}({', '.join(names)}) {{api_version = 4 : i32, backend_config = {{}}}} : "
