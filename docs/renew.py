@@ -49,8 +49,8 @@ def renewed() -> dict[Path, str]:
         "step": step_table(),
         "serving": serving_table(),
         "tokenizer": tokenizer_table(),
-        "jobs": jobs_table() if (RESULTS / "jobs.json").exists() else "Not measured yet.",
-        "jobs_arithmetic": jobs_arithmetic() if (RESULTS / "jobs.json").exists() else "Not measured yet.",
+        "jobs": jobs_table(),
+        "jobs_arithmetic": jobs_arithmetic(),
         "training": training_table(),
         "layers": layers(),
         "modules": modules(),
@@ -394,15 +394,14 @@ def jobs_table() -> str:
         f"|---|{'---|---|---|' * len(sizes)}",
     ]
     for engine, name in JOB_ENGINES.items():
-        cells = []
-        for of in sizes.values():
-            rate = of[engine]["records_per_s"]
-            start = "" if engine == "loop" else f"{of[engine]['start_s']:.1f}"
-            cells.append(f"{rate:.1f} | {rate / of['loop']['records_per_s']:.2f} | {start}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(job_cells(of, engine) for of in sizes.values())} |")
     settings = result["settings"]
-    ones, twos = ([of[name]["records_per_s"] for of in sizes.values()] for name in [*JOB_ENGINES][2:4])
-    gains = [f"{two / one:.2f} ({size})" for one, two, size in zip(ones, twos, sizes, strict=True)]
+    one, two = [*JOB_ENGINES][2:4]
+    gains = [
+        f"{of[two]['records_per_s'] / of[one]['records_per_s']:.2f} ({size})"
+        for size, of in sizes.items()
+        if one in of and two in of
+    ]
     note = (
         f"\n{settings['n_tokens']} new tokens a prompt of 4 to 16 words, greedy, batches of {settings['batch_size']}, "
         f"float32; 124M's shapes have random weights. The start is what passes until the first batch is answered, with "
@@ -413,11 +412,22 @@ def jobs_table() -> str:
     return "\n".join([*lines, note])
 
 
+def job_cells(of: dict[str, Any], engine: str) -> str:
+    """Returns the rate of one way with one model, its ratio to the loop's, and its start."""
+    if engine not in of:
+        return "not measured | | "
+    rate = of[engine]["records_per_s"]
+    start = "" if engine == "loop" else f"{of[engine]['start_s']:.1f}"
+    return f"{rate:.1f} | {rate / of['loop']['records_per_s']:.2f} | {start}"
+
+
 def jobs_arithmetic() -> str:
     """Returns what ten million prompts take, computed from the measured rates."""
     result = load("jobs")
     n_prompts, rows = 10_000_000, []
     for size, of in result["sizes"].items():
+        if "spark" not in of:
+            continue
         rate = of["spark"]["records_per_s"]
         start_h, part_h = of["spark"]["start_s"] / 3600, 1024 / rate / 3600
         hours = {n: n_prompts / rate / n / 3600 + start_h + part_h for n in (10, 100)}
