@@ -4,7 +4,7 @@ An environment is built again when its requirements change. One that cannot be b
 
     python -m benchmarks.environments
     python -m benchmarks.environments huggingface ctranslate2
-    python -m benchmarks.environments tensorflow-2.12
+    python -m benchmarks.environments tensorflow-2.12 apache-beam-2.77
 
 ``requirements/ENGINE.txt`` lists the packages; ``requirements/ENGINE.no_deps.txt``, where there is one, those to
 install without their dependencies. llama.cpp is compiled, which takes minutes and a C++ compiler. Needs no package.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent / "peers" / "requirements"
 ENGINES = sorted(path.stem for path in REQUIREMENTS.glob("*.txt") if "." not in path.stem)
-OTHERS = sorted(path.stem for path in REQUIREMENTS.glob("tensorflow-*.txt"))
+OTHERS = sorted(path.stem for path in REQUIREMENTS.glob("*-*.*.txt"))
 """Environments that only tests need: built when they are named."""
 PEERS_DIR = Path(os.environ.get("TF_GPT2_PEERS_DIR", Path(__file__).parents[1] / ".peers"))
 

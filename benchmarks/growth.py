@@ -117,7 +117,9 @@ def without_products() -> contextlib.AbstractContextManager[Any]:
 def without_attention() -> contextlib.AbstractContextManager[Any]:
     """Takes attention for the sum of query, key and value, which leaves the cache alone."""
 
-    def attention(x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: Any) -> tuple[tf.Tensor, KeyValues]:
+    def attention(
+        x: tf.Tensor, w: Weights, past: Past | None, divisor: Any = None, *, n_head: int, ops: Any
+    ) -> tuple[tf.Tensor, KeyValues]:
         q, k, v = tf.split(formulas.linear(x, w["c_attn"], ops=ops), 3, axis=-1)
         return formulas.linear(q + k + v, w["c_proj"], ops=ops), KeyValues(past.keys, past.values)
 

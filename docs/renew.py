@@ -49,20 +49,16 @@ def renewed() -> dict[Path, str]:
         "step": step_table(),
         "serving": serving_table(),
         "tokenizer": tokenizer_table(),
+        "jobs": jobs_table(),
+        "jobs_arithmetic": jobs_arithmetic(),
         "training": training_table(),
         "layers": layers(),
         "modules": modules(),
         "internals": internals_table(),
     }
-    names = (
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/design.md",
-        "docs/performance.md",
-        "docs/serving.md",
-        "docs/training.md",
-    )
-    documents = {ROOT / name: fill(ROOT / name, sections) for name in names}
+    names = ("design", "performance", "serving", "batch", "training")
+    paths = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in names))
+    documents = {ROOT / path: fill(ROOT / path, sections) for path in paths}
     return {**documents, ROOT / "docs" / "command_line.md": command_line()}
 
 
@@ -85,11 +81,12 @@ def fill(path: Path, sections: dict[str, str]) -> str:
 def command_line() -> str:
     """Returns the help text of each command."""
     os.environ["COLUMNS"] = "100"
-    from tf_gpt2.cli import make_parser
+    from tf_gpt2.cli import leaf_commands, make_parser
 
-    parser = make_parser()
-    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
-    parts = [f"## {name}\n\n```text\n{command.format_help().rstrip()}\n```\n" for name, command in commands.items()]
+    parts = [
+        f"## {command.prog.removeprefix('tf-gpt2 ')}\n\n```text\n{command.format_help().rstrip()}\n```\n"
+        for command in leaf_commands(make_parser())
+    ]
     return "\n".join([COMMAND_LINE, *parts])
 
 
@@ -377,6 +374,75 @@ def tokenizer_table() -> str:
     )
 
 
+JOB_ENGINES = {
+    "loop": "a loop over `TextGenerator.generate`",
+    "here": "`batch`, one process, two cores",
+    "one worker, one core": "`batch --workers 1 --threads 1`",
+    "two workers, one core each": "`batch --workers 2`",
+    "spark": "`batch --spark`, one executor of two cores",
+}
+"""The ways to answer records that were measured, as a reader knows them."""
+
+
+def jobs_table() -> str:
+    """Returns the rates of jobs beside that of a plain loop."""
+    result = load("jobs")
+    sizes = result["sizes"]
+    heads = [f"{size}, {of['n_prompts']} prompts | × loop | start, s" for size, of in sizes.items()]
+    lines = [
+        f"| records/s | {' | '.join(heads)} |",
+        f"|---|{'---|---|---|' * len(sizes)}",
+    ]
+    for engine, name in JOB_ENGINES.items():
+        lines.append(f"| {name} | {' | '.join(job_cells(of, engine) for of in sizes.values())} |")
+    settings = result["settings"]
+    one, two = [*JOB_ENGINES][2:4]
+    gains = [
+        f"{of[two]['records_per_s'] / of[one]['records_per_s']:.2f} ({size})"
+        for size, of in sizes.items()
+        if one in of and two in of
+    ]
+    note = (
+        f"\n{settings['n_tokens']} new tokens a prompt of 4 to 16 words, greedy, batches of {settings['batch_size']}, "
+        f"float32; 124M's shapes have random weights. The start is what passes until the first batch is answered, with "
+        f"Spark the first part. From one worker of one core to two: {' and '.join(gains)} times. "
+        f"`python -m benchmarks.jobs`; {result['machine']['cpu']}, {result['machine']['n_cores']} cores, "
+        f"{result['date'][:10]}."
+    )
+    return "\n".join([*lines, note])
+
+
+def job_cells(of: dict[str, Any], engine: str) -> str:
+    """Returns the rate of one way with one model, its ratio to the loop's, and its start."""
+    if engine not in of:
+        return "not measured | | "
+    rate = of[engine]["records_per_s"]
+    start = "" if engine == "loop" else f"{of[engine]['start_s']:.1f}"
+    return f"{rate:.1f} | {rate / of['loop']['records_per_s']:.2f} | {start}"
+
+
+def jobs_arithmetic() -> str:
+    """Returns what ten million prompts take, computed from the measured rates."""
+    result = load("jobs")
+    n_prompts, rows = 10_000_000, []
+    for size, of in result["sizes"].items():
+        if "spark" not in of:
+            continue
+        rate = of["spark"]["records_per_s"]
+        start_h, part_h = of["spark"]["start_s"] / 3600, 1024 / rate / 3600
+        hours = {n: n_prompts / rate / n / 3600 + start_h + part_h for n in (10, 100)}
+        cells = [f"{hours[n]:.1f} h, {hours[n] * n:.0f} machine-hours" for n in hours]
+        rows.append(f"| {size} | {rate:.1f} | {3600 * part_h:.0f} s | {' | '.join(cells)} |")
+    note = (
+        f"\nFor {result['settings']['n_tokens']} new tokens each, on machines like the measured one, of "
+        f"{result['machine']['n_cores']} cores: ten million records at Spark's rate per machine, divided by the "
+        f"machines, and once the start and the last part of 1024 records. Computed, not "
+        f"run; at the price of a machine-hour, the last figures are the cost."
+    )
+    head = ["| model | records/s of a machine | a part | 10 machines | 100 machines |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows, note])
+
+
 def layers() -> str:
     """Returns the order of the layers, as import-linter's contract in ``setup.cfg`` has it."""
     setup = configparser.ConfigParser()
@@ -411,8 +477,8 @@ def internals_table() -> str:
     """Returns a table of what the package needs of TensorFlow beyond its documented interface, each with its test."""
     lines = ["| function | what it does | test |", "|---|---|---|"]
     for node in ast.parse(INTERNALS.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            docstring = ast.get_docstring(node) or ""
+        docstring = (isinstance(node, ast.FunctionDef) and ast.get_docstring(node)) or ""
+        if "Test: " in docstring:
             summary = " ".join(docstring.partition("\n")[0].split()).replace("``", "`")
             path, name = re.findall(r"``([^`]+)``", docstring.partition("Test: ")[2])
             lines.append(f"| `{node.name}` | {summary} | [{Path(path).name}]({path}), `{name}` |")

@@ -64,7 +64,7 @@ def kept_by_typical_p(logits, p):
 def lively_params(config, *, seed=0):
     """Random float32 weights so large that each part of the model changes the logits, and greedy text varies."""
     rng = np.random.default_rng(seed)
-    c = config.n_embd
+    c, f = config.n_embd, config.mlp_width
 
     def normal(*shape, scale=None, mean=0.0):
         scale = shape[0] ** -0.5 if scale is None else scale
@@ -78,12 +78,13 @@ def lively_params(config, *, seed=0):
 
     def block():
         attn = {"c_attn": pair(c, 3 * c), "c_proj": pair(c, c)}
-        return {"attn": attn, "ln_1": norm(), "ln_2": norm(), "mlp": {"c_fc": pair(c, 4 * c), "c_proj": pair(4 * c, c)}}
+        return {"attn": attn, "ln_1": norm(), "ln_2": norm(), "mlp": {"c_fc": pair(c, f), "c_proj": pair(f, c)}}
 
-    return {
+    params = {
         "wte": normal(config.n_vocab, c, scale=1.0),
         "wpe": normal(config.n_ctx, c, scale=1.0),
         "blocks": [block() for _ in range(config.n_layer)],
         # of both signs, or the tied embedding makes each token predict itself
         "ln_f": norm(scale=1.0, mean=0.0),
     }
+    return params if config.tie_word_embeddings else {**params, "lm_head": normal(config.n_vocab, c, scale=1.0)}

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 
+import numpy as np
 import pytest
 
+from tf_gpt2.checkpoint.params import leaves, param_shapes
 from tf_gpt2.config import LAYER_NORM_EPS, SIZES, GPT2Config, read_hparams
 from tf_gpt2.errors import CheckpointError
 
@@ -103,16 +105,65 @@ def test_hparams_come_back_in_the_original_order():
     assert list(config.to_hparams().items()) == list(SMALL.items())
 
 
-def test_unknown_hparams_are_ignored_and_missing_ones_named():
-    assert GPT2Config.from_hparams({**SMALL, "precision": "float32"}) == GPT2Config(**SMALL)
+def test_missing_and_unknown_hparams_are_named():
+    assert GPT2Config.from_hparams({**SMALL, "precision": "float32", "attn_dropout": 0.1}) == GPT2Config(**SMALL)
+    with pytest.raises(ValueError, match="hparams has rotary_dim, which may change what the model computes"):
+        GPT2Config.from_hparams({**SMALL, "rotary_dim": 64})
     with pytest.raises(ValueError, match="hparams lacks n_ctx, n_head; it needs n_vocab, n_ctx, n_embd, n_head"):
         GPT2Config.from_hparams({"n_vocab": 11, "n_embd": 6, "n_layer": 2})
 
 
+VARIATIONS = {
+    "n_inner": 5,
+    "activation": "relu",
+    "layer_norm_epsilon": 1e-6,
+    "scale_attn_weights": False,
+    "scale_attn_by_inverse_layer_idx": True,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_what_is_not_openais_stands_in_hparams(name):
+    config = GPT2Config(**SMALL, **{name: VARIATIONS[name]})
+    assert config.to_hparams() == {**SMALL, name: VARIATIONS[name]}
+    assert GPT2Config.from_hparams(config.to_hparams()) == config != GPT2Config(**SMALL)
+
+
+def test_equal_models_have_equal_configs():
+    assert GPT2Config(**SMALL, n_inner=24, activation="gelu_pytorch_tanh") == GPT2Config(**SMALL)
+    assert GPT2Config(**SMALL, activation="swish").activation == "silu"
+
+
+def test_parameters_of_other_shapes_are_counted():
+    config = GPT2Config(**SMALL, n_inner=5, tie_word_embeddings=False)
+    assert config.n_params == sum(int(np.prod(shape)) for _, shape in leaves(param_shapes(config)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("n_inner", 0, ValueError),
+        ("n_inner", 5.0, TypeError),
+        ("n_inner", 10**9, ValueError),
+        ("activation", "mish", ValueError),
+        ("activation", ["relu"], TypeError),
+        ("layer_norm_epsilon", 0, ValueError),
+        ("layer_norm_epsilon", float("nan"), ValueError),
+        ("layer_norm_epsilon", "1e-5", TypeError),
+        ("scale_attn_weights", 1, TypeError),
+        ("tie_word_embeddings", None, TypeError),
+    ],
+)
+def test_wrong_variations_are_named(name, value, error):
+    with pytest.raises(error, match=f"^{name} must "):
+        GPT2Config(**SMALL, **{name: value})
+
+
 def test_hparams_are_read_as_they_stand(tmp_path):
     path = tmp_path / "hparams.json"
-    path.write_text(json.dumps({**SMALL, "note": "π"}), encoding="utf-8")
-    assert read_hparams(path) == {**SMALL, "note": "π"}
+    path.write_text(json.dumps({**SMALL, "precision": "π"}), encoding="utf-8")
+    assert read_hparams(path) == {**SMALL, "precision": "π"}
     assert GPT2Config.from_file(str(path)) == GPT2Config(**SMALL)
 
 

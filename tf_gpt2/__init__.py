@@ -34,9 +34,10 @@ if TYPE_CHECKING:  # the names that ``__getattr__`` loads, for editors and type 
     from tf_gpt2.model.gpt2 import GPT2Model as GPT2Model
     from tf_gpt2.model.layers import MLP as MLP, Block as Block, CausalSelfAttention as CausalSelfAttention
     from tf_gpt2.serving.export import export_saved_model as export_saved_model
-    from tf_gpt2.text.generator import TextGenerator as TextGenerator
+    from tf_gpt2.text.generator import TextGenerator as TextGenerator, load as load
     from tf_gpt2.text.perplexity import Perplexity as Perplexity
     from tf_gpt2.text.pieces import Completion as Completion
+    from tf_gpt2.text.saving import save as save
     from tf_gpt2.tokenizer.encoder import Encoder as Encoder
 
 _HOMES = {
@@ -58,6 +59,7 @@ _HOMES = {
     "generate": "tf_gpt2.generation.generate",
     "get_encoder": "tf_gpt2.checkpoint.load",
     "load": "tf_gpt2.text.generator",
+    "save": "tf_gpt2.text.saving",
     "load_encoder_hparams_and_params": "tf_gpt2.checkpoint.load",
     "load_gpt2_params_from_tf_ckpt": "tf_gpt2.checkpoint.openai",
     "save_gpt2_params_to_tf_ckpt": "tf_gpt2.checkpoint.openai",

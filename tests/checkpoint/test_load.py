@@ -77,7 +77,7 @@ def test_load_gives_model_and_encoder(run1, expected):
     assert len(encoder) == model.config.n_vocab
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_load_takes_the_dtypes_of_from_checkpoint(dtype):
     one = TextGenerator.load("tiny", dtype=dtype).model
     other = TextGenerator.from_checkpoint(embedded_dir(), dtype=dtype).model
@@ -85,7 +85,7 @@ def test_load_takes_the_dtypes_of_from_checkpoint(dtype):
 
 
 def test_a_wrong_dtype_is_refused_before_a_download(tmp_path):
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, int8, got 'float16'"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, int8, int4, got 'float16'"):
         TextGenerator.load("124M", tmp_path, "float16")
     assert not list(tmp_path.iterdir())
 

@@ -9,16 +9,16 @@ from reference import kept_by_min_p, kept_by_top_k, kept_by_top_p, kept_by_typic
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.choose import choose, filter_logits
-from tf_gpt2.generation.processors import History
+from tf_gpt2.generation.processors import EXCLUDED, History
 from tf_gpt2.model.arithmetic import graph, plain, xla
 
-INF = float("inf")
+NEVER = float(EXCLUDED)
 # few different values, so that there are many ties
-TIED = st.sampled_from([-INF, -2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 3.0])
+TIED = st.sampled_from([NEVER, -2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 3.0])
 # processors may take subnormal numbers for 0
 ANY = st.floats(-50, 50, width=32, allow_subnormal=False)
 ROWS = st.lists(TIED, min_size=1, max_size=12) | st.lists(ANY, min_size=1, max_size=12)
-FINITE = ROWS.filter(lambda row: max(row) > -INF)
+FINITE = ROWS.filter(lambda row: max(row) > NEVER)
 COMPARED = settings(deadline=None, max_examples=150)
 
 
@@ -51,7 +51,7 @@ def traced(logits, sampling):
 def keep_in_graph(logits, sampling):
     """Filters as outside of XLA, by sorting; short rows have one graph."""
     n_vocab = logits.shape[-1]
-    impossible = tf.fill((len(logits), max(12 - n_vocab, 0)), -INF)
+    impossible = tf.fill((len(logits), max(12 - n_vocab, 0)), NEVER)
     return traced(tf.concat([logits, impossible], axis=-1), sampling)[:, :n_vocab]
 
 
@@ -60,9 +60,9 @@ EVERYWHERE = pytest.mark.parametrize("keep", [bisected, keep_in_graph], ids=["ea
 
 
 def left(filtered, row):
-    """Ids that a filter left; what it left must be unchanged, what it took -inf."""
+    """Ids that a filter left; what it left must be unchanged, what it took excluded."""
     filtered, row = np.asarray(filtered), np.asarray(row, np.float32)
-    kept = filtered > -INF
+    kept = filtered > NEVER
     np.testing.assert_array_equal(filtered[kept], row[kept])
     return np.flatnonzero(kept).tolist()
 
@@ -80,7 +80,7 @@ def drawn(row, n_draws=20_000, **options):
 @COMPARED
 @given(FINITE, st.integers(0, 14))
 def test_top_k_keeps_what_sorting_keeps(keep, row, k):
-    possible = [i for i in kept_by_top_k(row, k) if row[i] > -INF]
+    possible = [i for i in kept_by_top_k(row, k) if row[i] > NEVER]
     assert left(keep(batch(row), settings_of(1, top_k=k))[0], row) == possible
 
 
@@ -98,7 +98,7 @@ def test_top_k_keeps_what_sorting_keeps(keep, row, k):
         ([5, 4, 3], 0, [0, 1, 2]),
         ([-1e38, -2e38, 3e38], 2, [0, 2]),
         ([-0.0, 0.0, -1.0], 1, [0]),
-        ([-INF, 2, -INF, 1], 3, [1, 3]),
+        ([NEVER, 2, NEVER, 1], 3, [1, 3]),
         ([7], 1, [0]),
     ],
 )
@@ -116,7 +116,7 @@ def test_top_p_keeps_what_sorting_keeps(keep, row, p):
     found = left(keep(batch(row), settings_of(1, top_p=p))[0], row)
     # where float32 cannot tell on which side of p a mass is, both answers are right
     right = [kept_by_top_p(row, q) if p < 1 else kept_by_top_p(row, 1) for q in (p, p - 1e-6, p + 1e-6)]
-    assert found in [[i for i in kept if row[i] > -INF] for kept in right]
+    assert found in [[i for i in kept if row[i] > NEVER] for kept in right]
 
 
 @EVERYWHERE
@@ -162,7 +162,7 @@ def test_top_p_is_exact_on_a_large_vocabulary(keep):
 def test_min_p_keeps_what_is_likely_enough(keep, row, p):
     found = left(keep(batch(row), settings_of(1, min_p=p))[0], row)
     right = [kept_by_min_p(row, q) for q in (p, max(p - 1e-6, 0), min(p + 1e-6, 1))]
-    assert found in [[i for i in kept if row[i] > -INF] for kept in right]
+    assert found in [[i for i in kept if row[i] > NEVER] for kept in right]
 
 
 @EVERYWHERE
@@ -174,7 +174,7 @@ def test_min_p_keeps_what_is_likely_enough(keep, row, p):
         ([0, 1, 3, 3], 0.1354, [2, 3]),
         ([0, 1, 3, 3], 0.0, [0, 1, 2, 3]),
         ([-50, 1, 3, 3], 1e-44, [0, 1, 2, 3]),
-        ([-INF, 1, -INF], 1e-9, [1]),
+        ([NEVER, 1, NEVER], 1e-9, [1]),
         ([5], 1.0, [0]),
     ],
 )
@@ -206,7 +206,7 @@ def test_typical_p_keeps_what_sorting_keeps(keep, row, p):
     row = [round(x * 64) / 64 if np.isfinite(x) else x for x in row]  # equal, or further apart than rounding errors
     found = left(keep(batch(row), settings_of(1, typical_p=p))[0], row)
     right = [kept_by_typical_p(row, q) if p < 1 else range(len(row)) for q in (p, p - 1e-5, p + 1e-5)]
-    assert found in [[i for i in kept if row[i] > -INF] for kept in right]
+    assert found in [[i for i in kept if row[i] > NEVER] for kept in right]
 
 
 # the entropy of the first is 1.21 nats, the information of its tokens 0.69, 1.39, 2.08, 2.08
@@ -252,7 +252,7 @@ def test_the_most_typical_at_any_temperature(temperature, offset):
     probs = softmax(scaled)
     distances = np.abs(scaled - (probs * scaled).sum(axis=1, keepdims=True))
     for keep in (bisected, traced, compiled):
-        kept = keep(logits, options).numpy() > -INF
+        kept = keep(logits, options).numpy() > NEVER
         assert kept[np.arange(60), distances.argmin(axis=1)].all()
         assert kept.sum() <= 63  # now and then two are equally near
 
@@ -261,7 +261,7 @@ def test_the_most_typical_at_any_temperature(temperature, offset):
 @pytest.mark.parametrize("temperature", [1e3, 1e6])
 def test_all_that_are_equally_typical_stay_at_a_high_temperature(keep, temperature):
     row = np.float32([5, 1, 1, -7, 5])  # nearly equal probabilities, and so a mean of 1
-    kept = keep(batch(row), settings_of(1, temperature=temperature, typical_p=0.01))[0].numpy() > -INF
+    kept = keep(batch(row), settings_of(1, temperature=temperature, typical_p=0.01))[0].numpy() > NEVER
     assert np.flatnonzero(kept).tolist() == [1, 2]
 
 
@@ -278,14 +278,14 @@ def test_each_filter_sees_what_the_one_before_left(keep):
     ):  # fmt: skip
         wanted = wanted[kept_by(row[wanted] / 2, value)]
     filtered = keep(batch(row), settings_of(1, **options))[0].numpy()
-    assert np.flatnonzero(filtered > -INF).tolist() == wanted.tolist()
+    assert np.flatnonzero(filtered > NEVER).tolist() == wanted.tolist()
 
 
 @EVERYWHERE
 def test_min_p_comes_after_top_p(keep):
     row = np.log([0.4, 0.25, 0.2, 0.1, 0.05])  # the other way round, the first two of the first three would reach 0.7
     filtered = keep(batch(row), settings_of(1, top_p=0.7, min_p=0.3))[0].numpy()
-    assert np.flatnonzero(filtered > -INF).tolist() == [0, 1, 2]
+    assert np.flatnonzero(filtered > NEVER).tolist() == [0, 1, 2]
 
 
 @EVERYWHERE
@@ -294,7 +294,7 @@ def test_a_row_without_a_filter_keeps_all_beside_one_with(keep, options):
     row = [0.0, -40.0, -60.0]  # in float32 the first has all the mass
     filtered = keep(batch(row, 2), settings_of(2, **options)).numpy()
     assert filtered[0].tolist() == row
-    assert filtered[1].tolist() == [0.0, -INF, -INF]
+    assert filtered[1].tolist() == [0.0, NEVER, NEVER]
 
 
 @EVERYWHERE
@@ -334,7 +334,7 @@ def test_sorting_a_part_keeps_what_bisection_keeps(top_k, top_p, step, scale):
     settings = settings_of(n_rows, top_k=top_k, top_p=top_p, min_p=[0.0, 0.02, 0.7] * 8)
     wanted, found = bisected(logits, settings).numpy(), traced(logits, settings).numpy()
     differing = np.argwhere(wanted != found)
-    probs = softmax(np.where(np.maximum(wanted, found) > -INF, logits, -INF))
+    probs = softmax(np.where(np.maximum(wanted, found) > NEVER, logits, NEVER))
     # where float32 cannot tell on which side of p a mass is, both answers are right; such a token is the last one
     assert len({row for row, _ in differing}) == len(differing) <= 2
     assert all(probs[row, i] <= probs[row][probs[row] > 0].min() for row, i in differing)
@@ -357,11 +357,11 @@ def test_top_p_counts_the_mass_that_temperature_and_top_k_left(keep):
     # of the first three 0.4 is 4/9 and 0.7 is 7/9
     for p, kept in ((0.44, [0]), (0.45, [0, 1]), (0.77, [0, 1]), (0.78, [0, 1, 2])):
         filtered = keep(batch(row), settings_of(1, top_k=3, top_p=p))[0]
-        assert np.flatnonzero(filtered.numpy() > -INF).tolist() == kept
+        assert np.flatnonzero(filtered.numpy() > NEVER).tolist() == kept
     # at temperature 1/2 the probabilities are as 16, 9, 4, 1
     for p, kept in ((0.53, [0]), (0.54, [0, 1]), (0.83, [0, 1]), (0.84, [0, 1, 2])):
         filtered = keep(batch(row), settings_of(1, temperature=0.5, top_p=p))[0]
-        assert np.flatnonzero(filtered.numpy() > -INF).tolist() == kept
+        assert np.flatnonzero(filtered.numpy() > NEVER).tolist() == kept
 
 
 @EVERYWHERE
@@ -403,7 +403,7 @@ OPS = {"plain": plain, "xla": xla, "graph": graph}
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_of_equals_the_lowest_id_is_taken(ops):
-    rows = tf.constant([[1, 3, 3, 3], [2, 2, 2, 2], [-INF, -INF, 0, 0], [-0.0, 0.0, 0.0, -0.0]], tf.float32)
+    rows = tf.constant([[1, 3, 3, 3], [2, 2, 2, 2], [NEVER, NEVER, 0, 0], [-0.0, 0.0, 0.0, -0.0]], tf.float32)
     chosen = choose_at(rows, settings_of(4, temperature=0), tf.zeros(4, tf.int32), ops)
     assert chosen.numpy().tolist() == [1, 0, 2, 0]
 
@@ -467,5 +467,5 @@ def test_frequencies_over_positions_of_one_seed():
 
 
 def test_what_is_impossible_is_never_drawn():
-    draws = drawn([-INF, 0.0, -INF, 0.0], 1000)
+    draws = drawn([NEVER, 0.0, NEVER, 0.0], 1000)
     assert set(draws) == {1, 3}

@@ -65,17 +65,18 @@ def runs(monkeypatch):
     return made
 
 
-@pytest.fixture
-def eager_to_check(monkeypatch):
-    """Checks each draft, however unlikely."""
+@pytest.fixture(scope="class")
+def eager_to_check():
+    """Checks each draft, however unlikely; what is compiled so is used by all tests of a class, and by no others."""
 
     def is_found(now, limits):
         return tf.reduce_any(lookup.is_active(now.state, limits) & now.is_found)
 
-    monkeypatch.setattr(lookup, "drafts_pay", is_found)
-    monkeypatch.setattr(lookup, "drafts_pay_with_twins", is_found)
-    compiled_for.cache_clear()
-    yield
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(lookup, "drafts_pay", is_found)
+        monkeypatch.setattr(lookup, "drafts_pay_with_twins", is_found)
+        compiled_for.cache_clear()
+        yield
     compiled_for.cache_clear()
 
 
@@ -186,20 +187,23 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("jit_compile", [False, True], ids=["plain graph", "xla"])
-def test_look_up_changes_nothing(options, jit_compile, model, eager_to_check, runs):
-    """Each draft is checked, so that most are rejected, and all rows accept another number of tokens."""
-    for max_new_tokens in (1, 57, 100):
-        arguments = {"max_new_tokens": max_new_tokens, "jit_compile": jit_compile, **options}
-        wanted = generate(model, PROMPTS, **arguments)
-        assert_same(generate(model, PROMPTS, prompt_lookup=True, **arguments), wanted)
-    if options == {}:
-        assert runs[-1].n_passes < 60
-        assert set(wanted.finish_reasons) == {"context"}
+@pytest.mark.usefixtures("eager_to_check")
+class TestWhereEachDraftIsChecked:
+    """Most drafts are rejected, and all rows accept another number of tokens."""
+
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    @pytest.mark.parametrize("jit_compile", [False, True], ids=["plain graph", "xla"])
+    def test_look_up_changes_nothing(self, options, jit_compile, model, runs):
+        for max_new_tokens in (1, 57, 100):
+            arguments = {"max_new_tokens": max_new_tokens, "jit_compile": jit_compile, **options}
+            wanted = generate(model, PROMPTS, **arguments)
+            assert_same(generate(model, PROMPTS, prompt_lookup=True, **arguments), wanted)
+        if options == {}:
+            assert runs[-1].n_passes < 60
+            assert set(wanted.finish_reasons) == {"context"}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_other_weights_other_rows(seed, runs):
     rng = np.random.default_rng(seed)
     model = GPT2Model(CONFIG)

@@ -10,10 +10,10 @@ from hypothesis import given, settings, strategies as st
 
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation import processors
-from tf_gpt2.generation.processors import History
+from tf_gpt2.generation.processors import EXCLUDED, History
 from tf_gpt2.model.arithmetic import graph, xla
 
-INF = float("inf")
+INF, NEVER = float("inf"), float(EXCLUDED)
 N_VOCAB, N_PLACES = 7, 12
 CONFIG = GPT2Config(n_vocab=N_VOCAB, n_ctx=N_PLACES, n_embd=1, n_head=1, n_layer=1)
 STOP_IDS = [1, 6]
@@ -56,8 +56,8 @@ def processed_by_hand(logits, text, n_prompt, options):
             banned.add(last)
     if len(new) < options.get("min_new_tokens", 0):
         banned |= set(STOP_IDS)
-    result = [-INF if i in banned else value for i, value in enumerate(x)]
-    return list(logits) if max(result) == -INF else result
+    result = [NEVER if i in banned or value == -INF else value for i, value in enumerate(x)]
+    return list(logits) if max(result) == NEVER else result
 
 
 def process(*arguments, ops=xla):
@@ -80,7 +80,7 @@ def one(text, n_prompt=1, logits=(1.0, 2.0, -1.0, -2.0, 0.0, 0.5, -0.5), **optio
 
 
 def banned(text, n_prompt=1, **options):
-    return [i for i, value in enumerate(one(text, n_prompt, **options)) if value == -INF]
+    return [i for i, value in enumerate(one(text, n_prompt, **options)) if value == NEVER]
 
 
 compiled = tf.function(process, jit_compile=True, autograph=False)
@@ -120,7 +120,7 @@ def test_each_row_has_settings_of_its_own(jit_compile):
 
 
 def test_nothing_asked_changes_no_bit():
-    logits = np.float32([[1e38, -0.0, -INF, 1e-30, 3.0, -3e38, 0.1]])
+    logits = np.float32([[1e38, -0.0, NEVER, 1e-30, 3.0, -3e38, 0.1]])
     found = process_rows(logits, [[1, 1, 2]], [1], {})
     assert found.tobytes() == logits.tobytes()
     # nor in the rows beside one that asks
@@ -203,12 +203,12 @@ def test_min_new_tokens_bans_the_stop_ids_until_there_are_so_many():
 
 
 def test_a_row_that_is_left_with_nothing_keeps_what_it_had():
-    logits = [-INF, -INF, 1.0, 2.0, -INF, -INF, -INF]
+    logits = [NEVER, NEVER, 1.0, 2.0, NEVER, NEVER, NEVER]
     assert one([2, 3], logits=logits, no_repeat_ngram_size=1, repetition_penalty=2.0) == logits
     assert one([0], logits=logits, suppress=[2, 3]) == logits
-    assert one([0], logits=logits, suppress=[2]) == [-INF] * 3 + [2.0] + [-INF] * 3
+    assert one([0], logits=logits, suppress=[2]) == [NEVER] * 3 + [2.0] + [NEVER] * 3
 
 
 def test_what_is_banned_stays_so_through_penalties():
     options = {"logit_bias": {1: -INF}, "repetition_penalty": 0.01, "presence_penalty": -100, "frequency_penalty": -100}
-    assert one([1, 1, 1], 1, **options)[1] == -INF
+    assert one([1, 1, 1], 1, **options)[1] == NEVER

@@ -36,8 +36,8 @@ def test_any_integer_type_of_ids_is_what_int32_is(dtype, jit_compile):
         compiled(make_model(), jit_compile=jit_compile).fit(ids, IDS, verbose=0).history["loss"]
         for ids in (IDS, IDS.astype(dtype))
     ]
-    assert losses[0] == losses[1]
     assert np.isfinite(losses).all()
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)  # XLA may fuse another type's look-up otherwise
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64"])
@@ -190,6 +190,15 @@ model.fit(ids, ids, verbose=0)
 generator = TextGenerator.from_checkpoint(sys.argv[1])
 print(generator.generate("To be", max_new_tokens=4))
 generator.generate(["To be", "or"], max_new_tokens=4, temperature=0.8)
+filters = {"top_k": [0, 40], "top_p": [0.9, 1.0], "min_p": [0.0, 0.1], "typical_p": [0.5, 1.0]}
+bans = {"suppress": [5], "logit_bias": {7: -np.inf, 8: 2.0}, "bad_words_ids": [[1], [2, 3]], "no_repeat_ngram_size": 2}
+penalties = {"repetition_penalty": [1.5, 0.01], "presence_penalty": 1.0, "frequency_penalty": -1.0, "min_new_tokens": 2}
+for temperature in (0.0, 1e-30, 0.7, 1e30):
+    generator.generate(["To be", "or"], max_new_tokens=4, temperature=temperature, **filters, **bans, **penalties)
+generator.beam_search("To be", num_beams=3, max_new_tokens=4, num_return_sequences=2, length_penalty=-10.0)
+generator.generate("To be or not to be", max_new_tokens=4, prompt_lookup=True)
+generator.complete("To be", max_new_tokens=4, top_logprobs=3, num_samples=2, temperature=1.0, stop=["x"])
+generator.perplexity("To be or not to be")
 generator.score("To be")
 """
 
@@ -197,7 +206,7 @@ generator.score("To be")
 def test_checks_of_numbers_find_nothing_in_a_sound_model(run_python):
     from tf_gpt2.checkpoint.download import embedded_dir
 
-    assert run_python(NUMBERS, embedded_dir(), timeout=240).startswith(" a brief")
+    assert run_python(NUMBERS, embedded_dir(), timeout=400).startswith(" a brief")
 
 
 def test_a_sequential_model_says_what_it_begins_with():

@@ -57,3 +57,47 @@ def test_reading_weights_makes_no_copies(odd_config):
     operations = {operation.type for operation in traced.graph.get_operations()}
     assert "ReadVariableOp" in operations
     assert "ResourceGather" not in operations
+
+
+def fixed_signature():
+    return [keras.InputSpec(shape=IDS.shape, dtype="int32", name="ids")]
+
+
+def float_model(odd_config):
+    model = GPT2Model(odd_config)
+    model.set_weights(lively_params(odd_config))
+    return model
+
+
+def assert_near(found, wanted):
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_export_as_litert_has_a_fixed_shape(odd_config, tmp_path):
+    model = float_model(odd_config)
+    model.export(tmp_path / "model.tflite", format="litert", verbose=False, input_signature=fixed_signature())
+    interpreter = tf.lite.Interpreter(str(tmp_path / "model.tflite"))
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], IDS.astype(np.int32))
+    interpreter.invoke()
+    assert_near(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]), np.asarray(model(IDS)))
+
+
+def test_export_as_onnx_takes_any_shape(odd_config, tmp_path):
+    pytest.importorskip("tf2onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = float_model(odd_config)
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for ids in (IDS, IDS[:1, :2]):
+        (found,) = session.run(None, {session.get_inputs()[0].name: ids.astype(np.int32)})
+        assert_near(found, np.asarray(model(ids)))
+
+
+def test_openvino_reads_the_saved_model(odd_config, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model = float_model(odd_config)
+    model.export(tmp_path / "export", verbose=False)
+    compiled = openvino.compile_model(str(tmp_path / "export"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for ids in (IDS, IDS[:1, :2]):
+        assert_near(next(iter(compiled(ids.astype(np.int32)).values())), np.asarray(model(ids)))

@@ -74,7 +74,7 @@ def test_what_was_given_is_the_text_of_whole_ids_and_a_rest(ids, stops, size):
             return
         n_ids, rest = pieces.given()
         assert ENCODER.decode(ids[:n_ids]) + rest == given
-        assert len(rest) < 8  # of one token, or of half characters that follow one another
+        assert len(rest) < 8 or set(rest) == {"\ufffd"}  # of one token, or of half characters that follow one another
     given += pieces.close()
     n_ids, rest = pieces.given()
     assert ENCODER.decode(ids[:n_ids]) + rest == given

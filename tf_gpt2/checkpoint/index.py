@@ -88,6 +88,13 @@ def is_folder(path: Path) -> bool:
     return False
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is a file's; False for one that no file can have."""
+    with contextlib.suppress(OSError, ValueError):
+        return path.is_file()
+    return False
+
+
 def has_index(prefix: Path) -> bool:
     """Whether a checkpoint of this path has an index."""
     with contextlib.suppress(OSError):

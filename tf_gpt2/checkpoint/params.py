@@ -19,20 +19,22 @@ Tree = Any
 
 def block_shapes(config: GPT2Config) -> dict[str, Any]:
     """Returns the tree of shapes of one block."""
-    c = config.n_embd
+    c, f = config.n_embd, config.mlp_width
     return {
         "attn": {"c_attn": {"b": (3 * c,), "w": (c, 3 * c)}, "c_proj": {"b": (c,), "w": (c, c)}},
         "ln_1": {"b": (c,), "g": (c,)},
         "ln_2": {"b": (c,), "g": (c,)},
-        "mlp": {"c_fc": {"b": (4 * c,), "w": (c, 4 * c)}, "c_proj": {"b": (c,), "w": (4 * c, c)}},
+        "mlp": {"c_fc": {"b": (f,), "w": (c, f)}, "c_proj": {"b": (c,), "w": (f, c)}},
     }
 
 
 def param_shapes(config: GPT2Config) -> dict[str, Any]:
     """Returns the tree of shapes of a whole model; its leaves are tuples."""
     c = config.n_embd
+    head = {} if config.tie_word_embeddings else {"lm_head": (config.n_vocab, c)}
     return {
         "blocks": [block_shapes(config) for _ in range(config.n_layer)],
+        **head,
         "ln_f": {"b": (c,), "g": (c,)},
         "wpe": (config.n_ctx, c),
         "wte": (config.n_vocab, c),
@@ -107,7 +109,7 @@ def random_params(config: GPT2Config, *, seed: int = 0, bias_scale: float = 0.1)
     Source: openai/gpt-2, ``src/model.py``: wte 0.02, wpe 0.01, weights 0.02.
     """
     rng = np.random.default_rng(seed)
-    scales = {"wte": 0.02, "wpe": 0.01, "w": 0.02, "b": bias_scale, "g": bias_scale}
+    scales = {"wte": 0.02, "lm_head": 0.02, "wpe": 0.01, "w": 0.02, "b": bias_scale, "g": bias_scale}
 
     def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
         name = path.rsplit("/", 1)[-1]

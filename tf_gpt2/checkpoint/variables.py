@@ -13,7 +13,10 @@ from tf_gpt2.checkpoint.params import leaves, param_shapes
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import CheckpointError
 
-LEAF = r"model/(?:wte|wpe|(?:ln_f|h\d+/ln_[12])/[bg]|h\d+/(?:attn/c_(?:attn|proj)|mlp/c_(?:fc|proj))/[bw])"
+LEAF = (
+    r"model/(?:wte|wpe|lm_head(?!/[bw]$)|(?:ln_f|h\d+/ln_[12])/[bg]"
+    r"|h\d+/(?:attn/c_(?:attn|proj)|mlp/c_(?:fc|proj))/[bw])"
+)
 
 NO_WEIGHT = re.compile(rf"(?!model/).*|{LEAF}/.+|(?:.*/)?(?:global_step|beta[12]_power)(?:_\d+)?", re.DOTALL)
 """Names of variables that a training run keeps beside the weights: those outside ``model/``, an optimizer's state of a

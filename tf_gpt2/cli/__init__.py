@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tf_gpt2._version import package_version
+from tf_gpt2.cli.batch import add_batch
+from tf_gpt2.cli.convert import add_convert
 from tf_gpt2.cli.export import add_export
 from tf_gpt2.cli.files import add_decode, add_download, add_encode, add_info
 from tf_gpt2.cli.finetune import add_finetune
@@ -109,14 +111,27 @@ def make_parser() -> argparse.ArgumentParser:
         add_interactive,
         add_perplexity,
         add_explain,
+        add_batch,
         add_export,
+        add_convert,
         add_finetune,
         add_download,
         add_encode,
         add_decode,
         add_info,
     ):
-        command = add(commands)
-        command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-        command.add_argument("--debug", action="store_true", help="show an error's traceback, and the package's log")
+        for command in leaf_commands(add(commands)):
+            command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+            command.add_argument(
+                "--debug", action="store_true", help="show an error's traceback, and the package's log"
+            )
     return parser
+
+
+def leaf_commands(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yields a command's own commands, or the command if it has none."""
+    choices = [action.choices for action in command._actions if isinstance(action.choices, dict)]
+    for one in choices[0].values() if choices else ():
+        yield from leaf_commands(one)
+    if not choices:
+        yield command

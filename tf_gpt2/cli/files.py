@@ -41,7 +41,11 @@ def add_decode(commands: Commands) -> argparse.ArgumentParser:
 
 def add_info(commands: Commands) -> argparse.ArgumentParser:
     """Adds ``info``."""
-    command = commands.add_parser("info", help="sizes, parameters, memory", description="Prints a table of the models.")
+    command = commands.add_parser(
+        "info",
+        help="sizes, parameters, memory; processor",
+        description="Prints a table of the models, and what this machine computes with.",
+    )
     command.set_defaults(run=run_info)
     command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="folder of the models' folders")
     return command
@@ -78,7 +82,7 @@ def run_decode(options: argparse.Namespace) -> None:
 
 
 def run_info(options: argparse.Namespace) -> None:
-    """Prints each size's hyperparameters, the memory of its weights, and whether it is here."""
+    """Prints each size's hyperparameters, the memory of its weights, and whether it is here; then the machine."""
     from tf_gpt2.checkpoint.download import embedded_dir, missing_files
 
     configs = {"tiny": GPT2Config.from_file(embedded_dir() / "hparams.json"), **SIZES}
@@ -89,3 +93,28 @@ def run_info(options: argparse.Namespace) -> None:
         numbers = f"{config.n_layer:8}{config.n_head:8}{config.n_embd:8}{config.n_ctx:9}{config.n_vocab:12}"
         sizes = f"{config.n_params:16,}{config.n_params * 4 / 1e6:8.0f} MB{config.n_params * 2 / 1e6:8.0f} MB"
         write(f"{name:8}{numbers}{sizes}  {'yes' if is_here else 'no'}\n")
+    write("\n" + "".join(f"{name:16}{value}\n" for name, value in describe_machine().items()))
+
+
+def describe_machine() -> dict[str, str]:
+    """Returns what computes here: the processor, the kernels' instruction sets, and who multiplies for each dtype."""
+    from tf_gpt2.runtime import kernels
+
+    why_not = kernels.why_missing()
+    sets = kernels.instruction_sets()
+    if kernels.chosen() in ("off", "xla"):
+        used = f"XLA's, as {kernels.ENV_VAR}={kernels.chosen()} demands"
+    elif why_not:
+        used = f"XLA's, which are slower: {why_not}"
+    elif sets[0] == kernels.PORTABLE and kernels.chosen() != "native":
+        used = "XLA's: the native kernels have no instruction set of this processor"
+    else:
+        used = f"native, {sets[0]}"
+    return {
+        "processor": kernels.processor(),
+        "native kernels": ", ".join(sets) or "none",
+        "products of": "",
+        "  float32": "XLA's",
+        "  bfloat16": "XLA's",
+        "  int8, int4": used,
+    }

@@ -50,7 +50,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """Adds the options that name the model."""
     command.add_argument(
-        "--model_size", default="124M", metavar="SIZE", help=f"{', '.join(SIZES)}, tiny (embedded), or a folder's name"
+        "--model_size",
+        default="124M",
+        metavar="SIZE",
+        help=f"{', '.join(SIZES)}, tiny (embedded), or a folder of any format",
     )
     command.add_argument("--models_dir", default="checkpoints", metavar="DIR", help="folder of the models' folders")
 
@@ -85,16 +88,20 @@ def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
 def add_speed_options(command: argparse.ArgumentParser) -> None:
     """Adds the options that decide how fast a model runs."""
     command.set_defaults(computes=True)
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of the weights")
+    dtypes = ("float32", "bfloat16", "int8", "int4")
+    command.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights")
     command.add_argument("--adapter", type=Path, metavar="DIR", help="folder of a LoRA adapter, PEFT's too")
     command.add_argument("--threads", type=positive, metavar="N", help="cores to compute on; all by default")
 
 
 def find_model(options: argparse.Namespace) -> Path:
-    """Returns the folder of the model that the options name; downloads it when it is not there."""
-    from tf_gpt2.checkpoint.download import resolve_checkpoint
+    """Returns the folder or file of the model that the options name; downloads it when it is not there."""
+    from tf_gpt2.checkpoint.formats import recognize
+    from tf_gpt2.checkpoint.load import find_folder
 
-    return resolve_checkpoint(options.model_size, options.models_dir)
+    path = find_folder(options.model_size, options.models_dir)
+    recognize(path)  # says which of several formats is taken, before standard error is TensorFlow's
+    return path
 
 
 def load_generator(folder: Path, options: argparse.Namespace) -> TextGenerator:

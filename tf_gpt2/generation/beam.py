@@ -3,7 +3,7 @@
 The loop is compiled as one function: prefill once per prompt, then K rows of the batch for each. A step extends all
 beams of a prompt by all tokens and looks at the best of these candidates: those that end become finished sequences, the
 best others are the next beams, and each takes over the cache of the beam it came from. All has a fixed shape; a score
-of -inf marks what is not there. Knows nothing of text.
+``NONE`` marks what is not there. Knows nothing of text.
 
 Source: ``GenerationMixin._beam_search`` of Hugging Face's transformers 5, of which each prompt here is a batch of one.
 """
@@ -21,7 +21,8 @@ from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.cache import Cache, as_cache, with_room
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import Limits, cache_sizes, is_stop, with_own_cache
-from tf_gpt2.generation.options import check_counts, check_prompts, check_stop_ids, make_limits, pad
+from tf_gpt2.generation.options import check_counts, check_prompts, check_stop_ids, make_bias, make_limits, pad
+from tf_gpt2.generation.processors import EXCLUDED
 from tf_gpt2.generation.run import NO_NUMBERS, finish_reason
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -30,8 +31,8 @@ from tf_gpt2.model.network import Network
 LARGEST_PENALTY = 10
 """Beyond it a power of the length may leave float32."""
 
-NONE = -float("inf")
-"""The score of a beam or of a sequence that is not there."""
+NONE = tf.float32.min
+"""The score of a beam or of a sequence that is not there; not -inf, at which TensorFlow's checks of numbers stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ def beam_search(
     early_stopping: bool | str = False,
     num_return_sequences: int = 1,
     stop_ids: Sequence[int] = (),
+    suppress: Sequence[int] = (),
     jit_compile: bool = True,
 ) -> BeamSearchResult:
     """Continues each prompt in the likeliest ways that a search with ``num_beams`` beams finds.
@@ -84,6 +86,7 @@ def beam_search(
         num_return_sequences: how many to return per prompt, at most ``num_beams``; fewer where there are no more, as
             with one new token and a vocabulary smaller than that.
         stop_ids: ids that end a sequence.
+        suppress: ids that are not said.
         jit_compile: whether XLA compiles the loop: the first call for a shape takes seconds, the others are fast.
 
     Raises:
@@ -118,6 +121,7 @@ def beam_search(
         length_penalty=tf.constant(float(length_penalty)),
         ends_when_full=tf.constant(early_stopping is True),
         hopes_for_longest=tf.constant(early_stopping == "never" and length_penalty > 0),
+        is_banned=tf.constant(make_bias({}, suppress, [], model.config) == EXCLUDED),
     )
     state = run_search(model, *pad(rows, model.config), num_beams, search, jit_compile=jit_compile)
     return make_result(state.finished, rows, max_new_tokens, num_return_sequences)
@@ -142,7 +146,7 @@ def make_result(
     tensors = [part.numpy() for part in finished]
     result = BeamSearchResult([], [], [])
     for row, *of_prompt in zip(rows, *tensors, strict=True):
-        best = [one for one in zip(*of_prompt, strict=True) if np.isfinite(one[2])][:num_return_sequences]
+        best = [one for one in zip(*of_prompt, strict=True) if NONE < one[2] < np.inf][:num_return_sequences]
         if not best:  # one sequence there always is
             raise ParamsError(NO_NUMBERS)
         result.ids.append([ids[len(row) : end].tolist() for ids, end, _, _ in best])
@@ -163,12 +167,14 @@ class Search(NamedTuple):
             could become better than they are.
         hopes_for_longest: bool scalar, whether a beam's present sum is divided as if it had all tokens that it may
             have, and not only those it has, when it is asked whether it could become better.
+        is_banned: bool (V,), ids that are never said.
     """
 
     limits: Limits
     length_penalty: tf.Tensor
     ends_when_full: tf.Tensor
     hopes_for_longest: tf.Tensor
+    is_banned: tf.Tensor
 
 
 class Finished(NamedTuple):
@@ -236,7 +242,7 @@ def prefill(network: Network, ids: tf.Tensor, lengths: tf.Tensor, scores: tf.Ten
         network: the model.
         ids: int32 (B, T), right-padded.
         lengths: int32 (B,), at least 1.
-        scores: float32 (B, K), 0 for the first beam and -inf for the others, as all are the same prompt.
+        scores: float32 (B, K), 0 for the first beam and ``NONE`` for the others, as all are the same prompt.
         search: how to compare, when to end.
     """
     n_prompts, n_beams = scores.shape
@@ -292,7 +298,7 @@ def advance(state: Beams, logits: tf.Tensor, search: Search) -> Beams:
         search: how to compare, when to end.
     """
     n_prompts, n_beams = state.scores.shape
-    candidates = best_candidates(state, logits, search.limits)
+    candidates = best_candidates(state, logits, search)
     finished = best_of(state.finished, newly_finished(state, candidates, search))
     scores, kept = tf.math.top_k(tf.where(candidates.ends, NONE, candidates.scores), n_beams)  # (B, K)
     parents = tf.gather(candidates.parents, kept, batch_dims=1)
@@ -307,11 +313,11 @@ def advance(state: Beams, logits: tf.Tensor, search: Search) -> Beams:
     return state._replace(is_open=state.is_open & wants_more(state, search))
 
 
-def best_candidates(state: Beams, logits: tf.Tensor, limits: Limits) -> Candidates:
+def best_candidates(state: Beams, logits: tf.Tensor, search: Search) -> Candidates:
     """Returns the best continuations of each prompt by one token: so many that K of them do not stop."""
     n_prompts, n_beams = state.scores.shape
-    n_vocab = logits.shape[-1]
-    sums = state.scores[..., None] + tf.nn.log_softmax(logits)  # (B, K, V)
+    limits, n_vocab = search.limits, logits.shape[-1]
+    sums = tf.where(search.is_banned, NONE, state.scores[..., None] + tf.nn.log_softmax(logits))  # (B, K, V)
     n_candidates = n_beams * min(1 + limits.stop_ids.shape[0], n_vocab)
     scores, places = tf.math.top_k(tf.reshape(sums, (n_prompts, n_beams * n_vocab)), n_candidates)  # (B, N)
     parents, tokens = places // n_vocab, places % n_vocab
@@ -343,15 +349,18 @@ def newly_finished(state: Beams, candidates: Candidates, search: Search) -> Fini
 
 def wants_more(state: Beams, search: Search) -> tf.Tensor:
     """Whether a beam may become better than the worst of K finished sequences: bool (B,)."""
-    worst = state.finished.scores[:, -1]  # -inf while there are fewer
+    worst = state.finished.scores[:, -1]  # NONE while there are fewer
     lengths = tf.where(search.hopes_for_longest, search.limits.lengths, state.lengths)
     hoped_for = divide_by_length(state.scores[:, 0], lengths - state.prompt_lengths, search)
     return (hoped_for > worst) & ~(search.ends_when_full & (worst > NONE))
 
 
 def divide_by_length(scores: tf.Tensor, n_new: tf.Tensor, search: Search) -> tf.Tensor:
-    """Divides sums of log-probabilities by a power of the number of new tokens."""
-    return scores / tf.pow(tf.cast(n_new, tf.float32), search.length_penalty)
+    """Divides sums of log-probabilities by a power of the number of new tokens; ``NONE`` stays what it is."""
+    is_none = scores == NONE
+    return tf.where(
+        is_none, NONE, tf.where(is_none, 0.0, scores) / tf.pow(tf.cast(n_new, tf.float32), search.length_penalty)
+    )
 
 
 def best_of(old: Finished, new: Finished) -> Finished:

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from tf_gpt2.generation.processors import History, Processing, apply_if, process
+from tf_gpt2.generation.processors import EXCLUDED, History, Processing, apply_if, change_allowed, process
 from tf_gpt2.generation.random import gumbel
 from tf_gpt2.model.arithmetic import Ops
 
@@ -22,6 +23,8 @@ FILTERS = TOP_K, TOP_P, TYPICAL_P = range(3)
 """What is kept of the vocabulary, in the order in which it applies; min-p is a comparison and comes before the last."""
 LEAST_P = 1e-9
 """The likeliest token has more in any vocabulary; processors take 1e-40 for 0."""
+SMALLEST = np.finfo(np.float32).tiny
+"""The smallest number that processors do not take for 0."""
 MARGIN = 0.9
 """Safety factor against float32 rounding of the bound in ``how_many_to_sort``."""
 
@@ -83,12 +86,12 @@ def choose(logits: tf.Tensor, sampling: Sampling, history: History, stop_ids: tf
 
 
 def filter_logits(logits: tf.Tensor, sampling: Sampling, ops: Ops) -> tf.Tensor:
-    """Applies temperature, top-k, top-p, min-p, typical-p; what may not be drawn becomes -inf: float32 (B, V).
+    """Applies temperature, top-k, top-p, min-p, typical-p; what may not be drawn becomes ``EXCLUDED``: (B, V).
 
     Source: the order is that of Hugging Face's ``_get_logits_processor``.
     """
     s = sampling
-    logits = logits / temperature_of(s)[:, None]
+    logits = change_allowed(logits, lambda allowed: allowed / temperature_of(s)[:, None])
     if ops.SORTS:
         is_cut = (s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0)
         logits = apply_if(ops, is_cut, keep_likeliest, logits, s.top_k, s.top_p, s.min_p)
@@ -110,8 +113,8 @@ def filter_logits(logits: tf.Tensor, sampling: Sampling, ops: Ops) -> tf.Tensor:
 
 def temperature_of(sampling: Sampling) -> tf.Tensor:
     """Returns what to divide logits by, float32 (B,); 1 for rows that take the likeliest id."""
-    # no logit overflows when divided by 1e-30, and a temperature below it draws as it does
-    return tf.where(sampling.temperature > 0, tf.maximum(sampling.temperature, 1e-30), 1.0)
+    # no logit comes near EXCLUDED when divided by 1e-20, and a temperature below it draws as it does
+    return tf.where(sampling.temperature > 0, tf.maximum(sampling.temperature, 1e-20), 1.0)
 
 
 def repeat(sampling: Sampling, times: int) -> Sampling:
@@ -134,7 +137,7 @@ class Cut(NamedTuple):
         has_p: bool (B, 1).
         k: int32 (B, 1), V where it is not used.
         p: float32 (B, 1), more than 1 where it is not used.
-        log_min_p: float32 (B, 1), -inf where it is not used.
+        log_min_p: float32 (B, 1), ``EXCLUDED`` where it is not used.
     """
 
     has_k: tf.Tensor
@@ -153,7 +156,7 @@ class Cut(NamedTuple):
             has_p=has_p,
             k=tf.where(has_k, top_k, n_vocab),
             p=tf.where(has_p, tf.maximum(top_p, LEAST_P), 2.0),
-            log_min_p=tf.math.log(min_p)[:, None],
+            log_min_p=log_or_least(min_p)[:, None],
         )
 
     def keeps(self, logits: tf.Tensor) -> tf.Tensor:
@@ -168,7 +171,7 @@ class Cut(NamedTuple):
         whole = tf.where(self.has_k, reached[:, -1:], 1.0)
         n_before = count(reached < self.p * whole)  # (B, 1), N where p is not reached, so that all V remain
         last = tf.minimum(n_before, tf.minimum(self.k, n) - 1)
-        least = tf.where(self.has_k | (n_before < n), tf.gather(in_order, last, batch_dims=1), -float("inf"))
+        least = tf.where(self.has_k | (n_before < n), tf.gather(in_order, last, batch_dims=1), EXCLUDED)
 
         last_id = tf.gather(ids, last, batch_dims=1)
         kept = (logits > least) | ((logits == least) & (tf.range(n_vocab) <= last_id))
@@ -197,11 +200,11 @@ def count(marked: tf.Tensor) -> tf.Tensor:
 
 def keep_likeliest(logits: tf.Tensor, top_k: tf.Tensor, top_p: tf.Tensor, min_p: tf.Tensor) -> tf.Tensor:
     """Applies top-k, top-p and min-p to float32 (B, V) where XLA does not compile."""
-    return tf.where(Cut.of(top_k, top_p, min_p, logits.shape[-1]).keeps(logits), logits, -float("inf"))
+    return tf.where(Cut.of(top_k, top_p, min_p, logits.shape[-1]).keeps(logits), logits, EXCLUDED)
 
 
 def keep_part(logits: tf.Tensor, which: tf.Tensor, is_used: tf.Tensor, target: tf.Tensor, ops: Ops) -> tf.Tensor:
-    """Applies one of ``FILTERS``: sets logits to -inf but for the first, in its order, that together reach a target.
+    """Applies one of ``FILTERS``: excludes all ids but the first, in its order, that together reach a target.
 
     - top-k: the largest logits, whose number reaches k; of equals the lower id stays.
     - top-p: the largest logits, whose softmax mass reaches p; of equals the lower id stays. Source: Holtzman et al.
@@ -227,10 +230,11 @@ def keep_part(logits: tf.Tensor, which: tf.Tensor, is_used: tf.Tensor, target: t
     missing = target - sum_where(larger, weights)
     each = tf.reduce_max(tf.where(tied, weights, 0.0), axis=-1)
     n_vocab = logits.shape[-1]
-    n_tied = tf.cast(tf.math.ceil(tf.minimum(missing / each, float(n_vocab))), tf.int32)
+    n_missing = missing / tf.maximum(each, SMALLEST)  # where they have no mass, all
+    n_tied = tf.cast(tf.math.ceil(tf.minimum(n_missing, float(n_vocab))), tf.int32)
     n_tied = tf.where((which == TYPICAL_P) | ~is_used, n_vocab, tf.maximum(n_tied, 1))
     kept = larger | keep_first(tied, n_tied)
-    return tf.where(kept | ~is_used[:, None], logits, -float("inf"))
+    return tf.where(kept | ~is_used[:, None], logits, EXCLUDED)
 
 
 def find_threshold(keys: tf.Tensor, weights: tf.Tensor, target: tf.Tensor, ops: Ops) -> tf.Tensor:
@@ -286,12 +290,12 @@ def typicality(logits: tf.Tensor) -> tf.Tensor:
 
 
 def keep_min_p(logits: tf.Tensor, min_p: tf.Tensor) -> tf.Tensor:
-    """Sets logits to -inf that are less than p times as likely as the likeliest; 0 keeps all.
+    """Excludes ids that are less than p times as likely as the likeliest; 0 keeps all.
 
     Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs".
     """
     largest = tf.reduce_max(logits, axis=-1, keepdims=True)  # (B, 1)
-    return tf.where(is_likely_enough(logits, largest, tf.math.log(min_p)[:, None]), logits, -float("inf"))
+    return tf.where(is_likely_enough(logits, largest, log_or_least(min_p)[:, None]), logits, EXCLUDED)
 
 
 def is_likely_enough(logits: tf.Tensor, largest: tf.Tensor, log_min_p: tf.Tensor) -> tf.Tensor:
@@ -299,7 +303,12 @@ def is_likely_enough(logits: tf.Tensor, largest: tf.Tensor, log_min_p: tf.Tensor
 
     The difference is compared, since beside a large logit the sum with log(p) would be rounded.
     """
-    return logits - largest >= log_min_p
+    return tf.maximum(logits - largest, EXCLUDED) >= log_min_p
+
+
+def log_or_least(p: tf.Tensor) -> tf.Tensor:
+    """Computes log(p), and for 0 the lowest number that there is, float32 (B,)."""
+    return tf.where(p > 0, tf.math.log(tf.maximum(p, SMALLEST)), EXCLUDED)
 
 
 def sortable(x: tf.Tensor) -> tf.Tensor:

@@ -17,12 +17,12 @@ import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import map_leaves
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.model.arithmetic import Ops, graph, xla
+from tf_gpt2.model.arithmetic import Ops, graph, native, xla
 from tf_gpt2.model.formulas import Weights
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import Network, weights_of
 from tf_gpt2.model.weights import Matrix
-from tf_gpt2.runtime import prepare_process
+from tf_gpt2.runtime import kernels, prepare_process
 from tf_gpt2.runtime.tf_internals import address, call_flat, read_without_copy, watches_operations
 
 
@@ -84,14 +84,22 @@ def compiled(
         n_rows: how many rows its products have: for several XLA uses transposed twins of the weights.
 
     Raises:
+        ImportError: when ``TF_GPT2_KERNELS`` demands kernels that cannot be used.
         ValueError: when a layer of the model has been replaced or changed.
     """
     jit_compile = jit_compile and not watches_operations()
-    ops: Any = xla if jit_compile else graph
+    ops = arithmetic(jit_compile=jit_compile)
     weights = weights_of(model)
     if jit_compile and n_rows > 1 and model.quantization is None:
         weights = twins_of(model).add_to(weights)
     return functools.partial(compiled_for(function, model.config, model.compute_dtype, ops), weights)
+
+
+def arithmetic(*, jit_compile: bool) -> Any:
+    """Returns the module of arithmetic for this machine: XLA's, with the native kernels where they can be used."""
+    if not jit_compile:
+        return graph
+    return native if kernels.are_chosen() else xla
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.choose import Sampling
 from tf_gpt2.generation.loop import Limits, bucket
-from tf_gpt2.generation.processors import Processing
+from tf_gpt2.generation.processors import EXCLUDED, Processing
 from tf_gpt2.model.gpt2 import GPT2Model
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class SamplingValues:
     Attributes:
         per_prompt: each option of ``RULES`` by name, one value for all prompts, (), or one per prompt, (n,): float32 or
             int32, but seeds as objects, Python's integers.
-        bias: float32 (V,), is added to each row's logits; -inf for ids that are not said.
+        bias: float32 (V,), is added to each row's logits; ``EXCLUDED`` for ids that are not said.
         bad_words: int32 (N, M), the sequences of two ids and more that are not said, see ``pad_words``.
     """
 
@@ -373,7 +373,7 @@ def in_32_bits(array: np.ndarray) -> np.ndarray:
 def make_bias(
     logit_bias: Mapping[int, float], suppress: Iterable[int], words: list[list[int]], config: GPT2Config
 ) -> np.ndarray:
-    """Returns what is added to each id's logit, float32 (V,): -inf for ids that are never said."""
+    """Returns what is added to each id's logit, float32 (V,): ``EXCLUDED`` for ids that are never said."""
     if not isinstance(logit_bias, Mapping):
         raise TypeError(f"logit_bias must be a dict from ids to numbers, got {logit_bias!r}")
     ids = check_ids("logit_bias", list(logit_bias), config)
@@ -384,10 +384,10 @@ def make_bias(
             raise TypeError(f"logit_bias must have numbers as values, got {value!r} for id {i}")
         if not abs(float(number)) <= LARGEST_BIAS and number != -np.inf:
             raise ValueError(f"logit_bias must have values in [-1e6, 1e6], or -inf for a ban, got {value!r} for id {i}")
-        bias[i] = number
-    bias[check_ids("suppress", suppress, config)] = -np.inf
-    bias[[word[0] for word in words if len(word) == 1]] = -np.inf
-    if not np.isfinite(bias).any():
+        bias[i] = max(float(number), EXCLUDED)
+    bias[check_ids("suppress", suppress, config)] = EXCLUDED
+    bias[[word[0] for word in words if len(word) == 1]] = EXCLUDED
+    if (bias == EXCLUDED).all():
         raise ValueError(
             f"suppress, logit_bias and bad_words_ids must leave one id of {config.n_vocab}: all are banned"
         )

@@ -14,6 +14,12 @@ import tensorflow as tf
 from tf_gpt2.model.arithmetic import Ops
 from tf_gpt2.model.arithmetic.shapes import shape_of
 
+EXCLUDED = tf.float32.min
+"""The logit of an id that may not be chosen; not -inf, at which TensorFlow's checks of numbers stop.
+
+What is added or subtracted here and in ``choose`` is so much smaller that the sum is still this number.
+"""
+
 
 class History(NamedTuple):
     """What the rows have said.
@@ -34,7 +40,7 @@ class Processing(NamedTuple):
     """What to change; the definitions are in ``options.SamplingOptions``.
 
     Attributes:
-        bias: float32 (V,), added to the logits of each row; -inf bans an id.
+        bias: float32 (V,), added to the logits of each row; ``EXCLUDED`` bans an id.
         repetition_penalty: float32 (B,); 1 changes nothing.
         presence_penalty: float32 (B,); 0 changes nothing.
         frequency_penalty: float32 (B,); 0 changes nothing.
@@ -53,7 +59,7 @@ class Processing(NamedTuple):
 
 
 def process(logits: tf.Tensor, processing: Processing, history: History, stop_ids: tf.Tensor, ops: Ops) -> tf.Tensor:
-    """Applies bias, penalties and bans to float32 (B, V); what is banned becomes -inf.
+    """Applies bias, penalties and bans to float32 (B, V); what is banned becomes ``EXCLUDED``.
 
     A row that is left with nothing keeps the logits it had: it must say something.
 
@@ -76,7 +82,7 @@ def process(logits: tf.Tensor, processing: Processing, history: History, stop_id
     def apply_all() -> tf.Tensor:
         processed = apply_if(ops, has_penalties, penalize, logits + p.bias, p, history)
         processed = apply_if(ops, has_bans, ban, processed, p, history, tf.where(is_short[:, None], stop_ids, -1))
-        is_left = tf.reduce_max(processed, axis=-1, keepdims=True) > -float("inf")
+        is_left = tf.reduce_max(processed, axis=-1, keepdims=True) > EXCLUDED
         return tf.where(is_left, processed, logits)
 
     return tf.cond(is_used, ops.branch(apply_all), lambda: logits)
@@ -103,13 +109,23 @@ def penalize(logits: tf.Tensor, processing: Processing, history: History) -> tf.
     n_said = count(history.ids, is_said, n_vocab)
     n_new = count(history.ids, is_said & (places >= history.prompt_lengths[:, None]), n_vocab)
     repetition = processing.repetition_penalty[:, None]
-    logits = tf.where(n_said > 0, tf.where(logits < 0, logits * repetition, logits / repetition), logits)
+
+    def repeat_less(logits: tf.Tensor) -> tf.Tensor:
+        return tf.where(n_said > 0, tf.where(logits < 0, logits * repetition, logits / repetition), logits)
+
+    logits = change_allowed(logits, repeat_less)
     each_time = processing.frequency_penalty[:, None] * tf.cast(n_new, tf.float32)
     return logits - each_time - processing.presence_penalty[:, None] * tf.cast(n_new > 0, tf.float32)
 
 
+def change_allowed(logits: tf.Tensor, change: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """Changes logits, float32 (B, V), but those that are ``EXCLUDED``: products and quotients of these overflow."""
+    is_excluded = logits == EXCLUDED
+    return tf.where(is_excluded, EXCLUDED, change(tf.where(is_excluded, 0.0, logits)))
+
+
 def ban(logits: tf.Tensor, processing: Processing, history: History, stop_ids: tf.Tensor) -> tf.Tensor:
-    """Sets to -inf what would repeat an n-gram, end a bad word or end a row too early: (B, V).
+    """Sets to ``EXCLUDED`` what would repeat an n-gram, end a bad word or end a row too early: (B, V).
 
     Args:
         logits: float32 (B, V).
@@ -123,7 +139,7 @@ def ban(logits: tf.Tensor, processing: Processing, history: History, stop_ids: t
     bad, is_begun = bad_ends(processing.bad_words, history)  # (B, N), (B, N)
     ids = tf.concat([history.ids, bad, stop_ids], axis=1)
     banned = tf.concat([repeats, is_begun, stop_ids >= 0], axis=1)
-    return tf.where(count(ids, banned, logits.shape[-1]) > 0, -float("inf"), logits)
+    return tf.where(count(ids, banned, logits.shape[-1]) > 0, EXCLUDED, logits)
 
 
 def ends_ngram(sizes: tf.Tensor, history: History) -> tf.Tensor:

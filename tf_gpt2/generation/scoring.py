@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
 from tf_gpt2.generation.compiled import compiled
 from tf_gpt2.generation.loop import bucket
@@ -93,16 +94,21 @@ def score(
         raise TypeError(f"rows must be a list of lists of ids, got {rows!r}")
     arrays = [check_row(f"rows[{i}]", row, model.config) for i, row in enumerate(listed)]
     for i, array in enumerate(arrays):
-        if len(array) > model.config.n_ctx:
-            raise ContextLengthError(
-                f"sequence {i} has {len(array)} tokens, the window is n_ctx={model.config.n_ctx}; "
-                f"cut it, or slide a window over it as perplexity does"
-            )
+        check_window(f"sequence {i}", array, model.config)
     start = check_row("start_id", [] if start_id is None else [start_id], model.config)
     known = [np.concatenate([start, array]) for array in arrays]
     targets = [max(0, len(row) - 1) for row in known]
     scored = target_logprobs(model, known, targets, jit_compile=jit_compile)
     return [make_score(array, logprobs) for array, logprobs in zip(arrays, scored, strict=True)]
+
+
+def check_window(name: str, row: np.ndarray, config: GPT2Config) -> None:
+    """Raises ContextLengthError when a row does not fit into the window."""
+    if len(row) > config.n_ctx:
+        raise ContextLengthError(
+            f"{name} has {len(row)} tokens, the window is n_ctx={config.n_ctx}; "
+            f"cut it, or slide a window over it as perplexity does"
+        )
 
 
 def make_score(ids: np.ndarray, logprobs: np.ndarray) -> Score:
@@ -131,15 +137,44 @@ def sliding_logprobs(
         ValueError: when there are fewer than two ids, some lie outside the vocabulary, or the stride is out of range.
     """
     stride = check_stride(stride, model.config)
-    array = check_row("ids", ids, model.config)
+    array = check_sliding("ids", ids, model.config)
+    (logprobs,) = sliding_logprobs_of(model, [array], [stride], jit_compile=jit_compile, on_progress=on_progress)
+    return logprobs
+
+
+def check_sliding(name: str, ids: Sequence[int], config: GPT2Config) -> np.ndarray:
+    """Checks a sequence of any length that a window slides over; returns int32 (T,), of at least 2 tokens."""
+    array = check_row(name, ids, config)
     if len(array) < 2:
         raise ValueError(f"a text must have at least 2 tokens, got {len(array)}: the first is not scored, only context")
-    spans = list(windows(len(array), model.config.n_ctx, stride))
-    rows = [array[span.start : span.end] for span in spans]
-    n_targets = [span.n_targets for span in spans]
-    return np.concatenate(
-        target_logprobs(model, rows, n_targets, jit_compile=jit_compile, on_progress=on_progress)
-    ).astype(np.float64)
+    return array
+
+
+def sliding_logprobs_of(
+    model: GPT2Model,
+    arrays: Sequence[np.ndarray],
+    strides: Sequence[int],
+    *,
+    jit_compile: bool = True,
+    on_progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """Scores several sequences with a sliding window, the windows of all together in pieces of like length.
+
+    Args:
+        model: the model.
+        arrays: each int32 (T,), checked.
+        strides: of each, checked.
+        jit_compile: as for ``score``.
+        on_progress: called from time to time.
+
+    Returns:
+        For each float64, of each token that ``windows`` scores.
+    """
+    spans = [list(windows(len(ids), model.config.n_ctx, n)) for ids, n in zip(arrays, strides, strict=True)]
+    rows = [ids[span.start : span.end] for ids, of_text in zip(arrays, spans, strict=True) for span in of_text]
+    n_targets = [span.n_targets for of_text in spans for span in of_text]
+    scored = iter(target_logprobs(model, rows, n_targets, jit_compile=jit_compile, on_progress=on_progress))
+    return [np.concatenate([next(scored) for _ in of_text]).astype(np.float64) for of_text in spans]
 
 
 def windows(n_tokens: int, n_ctx: int, stride: int) -> Iterator[Window]:

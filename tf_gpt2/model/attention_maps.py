@@ -40,4 +40,5 @@ def logits_and_attention(model: GPT2Model, ids: tf.Tensor) -> tuple[tf.Tensor, n
 def weights_of(attn: CausalSelfAttention, x: tf.Tensor) -> np.ndarray:
     """Computes one layer's attention weights: floats (1, T, C) -> float32 (H, T, S)."""
     q, k, _ = (formulas.split_heads(x, attn.n_head, plain) for x in tf.split(attn.c_attn(x), 3, axis=-1))  # (H, T, D)
+    q = q / tf.cast(attn.score_divisor, q.dtype)
     return plain.attention_weights(q, k, formulas.causal_mask(x.shape[1])).numpy()

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gpt2.config import LAYER_NORM_EPS
+from tf_gpt2.config import LAYER_NORM_EPS, GPT2Config
 from tf_gpt2.model.arithmetic import Ops
+from tf_gpt2.model.arithmetic.activations import activate
 from tf_gpt2.model.arithmetic.shapes import shape_of
 from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, LoraMatrix, Matrix
 
@@ -69,7 +70,7 @@ def hidden_states(
     ids: tf.Tensor,
     weights: Weights,
     *,
-    n_head: int,
+    config: GPT2Config,
     dtype: str,
     ops: Ops,
     positions: tf.Tensor | None = None,
@@ -80,7 +81,7 @@ def hidden_states(
     Args:
         ids: integers (B, T).
         weights: the whole tree.
-        n_head: H.
+        config: the hyperparameters.
         dtype: the compute dtype.
         ops: the arithmetic.
         positions: int32 (B, T), the place of each id in its sequence; 0, 1, … by default.
@@ -93,17 +94,28 @@ def hidden_states(
     if positions is None:
         positions = tf.range(shape_of(ids)[1])[None]  # (1, T)
     x = embed(ids, positions, weights, dtype=dtype, ops=ops)  # (B, T, C)
-    run_block = ops.once(functools.partial(block, n_head=n_head, ops=ops))
+    run_block = ops.once(functools.partial(block, config=config, ops=ops))
     present = []
     for i, w in enumerate(weights["blocks"]):
-        x, key_values = run_block(x, w, past[i] if past else None)
+        x, key_values = run_block(x, w, past[i] if past else None, divisor_of(i, config))
         present.append(key_values)
-    return norm(x, weights["ln_f"], ops=ops), tuple(present)
+    return norm(x, weights["ln_f"], ops=ops, epsilon=config.layer_norm_epsilon), tuple(present)
 
 
-def logits(x: tf.Tensor, wte: AnyMatrix, *, ops: Ops) -> tf.Tensor:
-    """Multiplies by the token embedding: floats (..., C) -> float32 (..., V)."""
-    return tf.cast(ops.product(x, wte), tf.float32)
+def divisor_of(layer: int, config: GPT2Config) -> float | None:
+    """Returns what a block's queries are divided by, beside the usual sqrt(D); ``None`` for nothing."""
+    divisor = config.score_divisor(layer)
+    return None if divisor == 1 else divisor
+
+
+def head_of(weights: Weights) -> AnyMatrix:
+    """Returns the matrix that makes logits, (V, C): the token embedding, or one of its own."""
+    return weights.get("lm_head", weights["wte"])
+
+
+def logits(x: tf.Tensor, head: AnyMatrix, *, ops: Ops) -> tf.Tensor:
+    """Multiplies by the matrix that ``head_of`` returns: floats (..., C) -> float32 (..., V)."""
+    return tf.cast(ops.product(x, head), tf.float32)
 
 
 def embed(ids: tf.Tensor, positions: tf.Tensor, weights: Weights, *, dtype: str, ops: Ops) -> tf.Tensor:
@@ -122,22 +134,44 @@ def embed_tokens(ids: tf.Tensor, wte: AnyMatrix, *, dtype: str, ops: Ops) -> tf.
 
 
 def block(
-    x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: Ops, drop: Drop = keep_all
+    x: tf.Tensor,
+    w: Weights,
+    past: Past | None,
+    divisor: Any = None,
+    *,
+    config: GPT2Config,
+    ops: Ops,
+    drop: Drop = keep_all,
 ) -> tuple[tf.Tensor, KeyValues]:
-    """Adds attention's and the MLP's contributions to ``x``, (B, T, C)."""
-    attended, key_values = attention(norm(x, w["ln_1"], ops=ops), w["attn"], past, n_head=n_head, ops=ops, drop=drop)
+    """Adds attention's and the MLP's contributions to ``x``, (B, T, C); ``divisor`` is that of ``attend``."""
+    epsilon = config.layer_norm_epsilon
+    x_1 = norm(x, w["ln_1"], ops=ops, epsilon=epsilon)
+    attended, key_values = attention(x_1, w["attn"], past, divisor, n_head=config.n_head, ops=ops, drop=drop)
     x = x + drop(attended, "attn")
-    return x + drop(mlp(norm(x, w["ln_2"], ops=ops), w["mlp"], ops=ops), "mlp"), key_values
+    x_2 = norm(x, w["ln_2"], ops=ops, epsilon=epsilon)
+    return x + drop(mlp(x_2, w["mlp"], ops=ops, activation=config.activation), "mlp"), key_values
 
 
 def attention(
-    x: tf.Tensor, w: Weights, past: Past | None, *, n_head: int, ops: Ops, drop: Drop = keep_all
+    x: tf.Tensor,
+    w: Weights,
+    past: Past | None,
+    divisor: Any = None,
+    *,
+    n_head: int,
+    ops: Ops,
+    drop: Drop = keep_all,
 ) -> tuple[tf.Tensor, KeyValues]:
     """Lets each position see itself and earlier ones: (B, T, C) -> (B, T, C)."""
     qkv = linear(x, w["c_attn"], ops=ops)  # (B, T, 3C)
     extend = None if past is None else functools.partial(write_behind, past, ops)
     out, key_values = attend(
-        qkv, n_head=n_head, ops=ops, extend=extend, drop=lambda weights: drop(weights, "attn_weights")
+        qkv,
+        n_head=n_head,
+        ops=ops,
+        divisor=divisor,
+        extend=extend,
+        drop=lambda weights: drop(weights, "attn_weights"),
     )
     return linear(tf.cast(out, x.dtype), w["c_proj"], ops=ops), key_values
 
@@ -153,6 +187,7 @@ def attend(
     *,
     n_head: int,
     ops: Ops,
+    divisor: Any = None,
     extend: Extend | None = None,
     drop: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
 ) -> tuple[tf.Tensor, KeyValues]:
@@ -162,6 +197,7 @@ def attend(
         qkv: floats (B, T, 3C): queries, keys, values.
         n_head: H.
         ops: the arithmetic.
+        divisor: a number or a float tensor () that divides the queries, beside the usual sqrt(D).
         extend: puts keys and values behind earlier ones; by default there are no earlier ones.
         drop: applies dropout to the attention weights; by default returns them as they are.
 
@@ -169,6 +205,7 @@ def attend(
         Floats (B, T, C); and all keys and values, the earlier ones included.
     """
     q, k, v = (split_heads(part, n_head, ops) for part in tf.split(qkv, 3, axis=-1))  # each (N, T, D)
+    q = q if divisor is None else q / tf.cast(divisor, q.dtype)
     k, v, mask = extend(k, v) if extend else (k, v, causal_mask(shape_of(qkv)[1]))
     weights = drop(ops.attention_weights(q, k, mask))  # (N, T, S)
     return merge_heads(ops.weighted_sum(weights, v), n_head, ops), KeyValues(k, v)
@@ -194,9 +231,9 @@ def merge_heads(x: tf.Tensor, n_head: int, ops: Ops) -> tf.Tensor:
     return tf.reshape(ops.transpose_heads(x), (-1, n_positions, n_head * head_width))  # (B, T, C)
 
 
-def mlp(x: tf.Tensor, w: Weights, *, ops: Ops) -> tf.Tensor:
-    """Widens, applies gelu, narrows: (B, T, C) -> (B, T, F) -> (B, T, C)."""
-    return linear(ops.gelu(linear(x, w["c_fc"], ops=ops)), w["c_proj"], ops=ops)
+def mlp(x: tf.Tensor, w: Weights, *, ops: Ops, activation: str = "gelu_new") -> tf.Tensor:
+    """Widens, applies gelu or another activation, narrows: (B, T, C) -> (B, T, F) -> (B, T, C)."""
+    return linear(activate(linear(x, w["c_fc"], ops=ops), activation, ops), w["c_proj"], ops=ops)
 
 
 def linear(x: tf.Tensor, w: Weights, *, ops: Ops) -> tf.Tensor:
@@ -212,6 +249,6 @@ def product(x: tf.Tensor, w: AnyMatrix | LoraMatrix, *, ops: Ops) -> tf.Tensor:
     return ops.product(x, w.base) + added * tf.cast(w.scale, x.dtype)
 
 
-def norm(x: tf.Tensor, w: Weights, *, ops: Ops) -> tf.Tensor:
+def norm(x: tf.Tensor, w: Weights, *, ops: Ops, epsilon: float = LAYER_NORM_EPS) -> tf.Tensor:
     """Computes layer norm with gain and bias over the last axis: (..., C) -> (..., C)."""
-    return ops.norm(x, w["g"], w["b"], LAYER_NORM_EPS)
+    return ops.norm(x, w["g"], w["b"], epsilon)

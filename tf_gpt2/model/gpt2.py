@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_gpt2.checkpoint.openai import open_checkpoint
+from tf_gpt2.checkpoint.formats import open_weights
 from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import ContextLengthError
@@ -33,8 +33,9 @@ class GPT2Model(ParamTree, keras.Model):
     Args:
         config: the hyperparameters.
         dropout: rate after the embeddings and inside the blocks, active in training only; 0.1 in the paper.
-        quantization: ``"int8"`` keeps the matrices as 8-bit integers with a scale per output, for inference only;
-            ``set_weights`` then rounds the given weights, and ``get_params`` returns the rounded values.
+        quantization: ``"int8"`` keeps the matrices as 8-bit integers with a scale per output, ``"int4"`` those of the
+            blocks as 4-bit integers with a scale per output and 32 inputs, for inference only; ``set_weights`` then
+            rounds the given weights, and ``get_params`` returns the rounded values.
         dtype: a Keras dtype policy: ``"float32"``, ``"bfloat16"``, ``"mixed_bfloat16"``. Each computes layer norm and
             softmax in float32; the logits are rounded to the compute dtype, and returned as float32.
 
@@ -62,25 +63,44 @@ class GPT2Model(ParamTree, keras.Model):
         self.dropout = dropout
         self.quantization = quantization
         self.lora: lora.Lora | None = None
-        c = config.n_embd
-        self.blocks = [
-            Block(c, config.n_head, dropout, quantization, dtype=self.dtype_policy, name=f"h{i}")
-            for i in range(config.n_layer)
-        ]
-        self.ln_f = LayerNorm(c, dtype=self.dtype_policy, name="ln_f")
+        self.blocks = [self._make_block(i) for i in range(config.n_layer)]
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype=self.dtype_policy, name="ln_f")
         self.embd_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
         self.build((None, None))
+
+    def _make_block(self, layer: int) -> Block:
+        config = self.config
+        return Block(
+            config.n_embd,
+            config.n_head,
+            self.dropout,
+            self.quantization,
+            n_inner=config.n_inner,
+            activation=config.activation,
+            layer_norm_epsilon=config.layer_norm_epsilon,
+            score_divisor=config.score_divisor(layer),
+            dtype=self.dtype_policy,
+            name=f"h{layer}",
+        )
 
     def build(self, input_shape: Any) -> None:
         """Creates all weights; their shapes follow from the config alone."""
         config = self.config
         shape = (config.n_vocab, config.n_embd)
-        self.wte, self.wte_scale = add_matrix(self, "wte", shape, stddev=0.02, quantization=self.quantization)
-        self.wpe = self.add_weight(
-            shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), autocast=False, name="wpe"
-        )
-        for layer in (*self.blocks, self.ln_f):
-            layer.build((None, None, config.n_embd))
+        # a table at either end costs more quality in 4 bits than all blocks do
+        quantization = "int8" if self.quantization == "int4" else self.quantization
+        # TensorFlow keeps 35 kB for ever for each new name of a variable, and Keras's names number the models
+        with tf.name_scope("gpt2/"):
+            self.wte, self.wte_scale = add_matrix(self, "wte", shape, stddev=0.02, quantization=quantization)
+            self.wpe = self.add_weight(
+                shape=(config.n_ctx, config.n_embd), initializer=normal(0.01), autocast=False, name="wpe"
+            )
+            if not config.tie_word_embeddings:
+                self.lm_head, self.lm_head_scale = add_matrix(
+                    self, "lm_head", shape, stddev=0.02, quantization=quantization
+                )
+            for layer in (*self.blocks, self.ln_f):
+                layer.build((None, None, config.n_embd))
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
         """Returns what ``tf.train.Checkpoint`` saves, the blocks among it: it does not look into Keras's lists.
@@ -92,17 +112,16 @@ class GPT2Model(ParamTree, keras.Model):
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, **kwargs: Any) -> GPT2Model:
-        """Makes a model from a folder with OpenAI's files, one variable at a time to keep the memory low.
+        """Makes a model from a folder or file in any known format, one variable at a time to keep the memory low.
 
         Args:
-            folder: holds ``hparams.json`` and the TensorFlow checkpoint.
+            folder: holds OpenAI's or Hugging Face's files, or is or holds a file of Keras or of GGUF.
             **kwargs: as for the constructor.
 
         Raises:
             CheckpointError: when the folder is not a complete GPT-2 checkpoint.
         """
-        config = GPT2Config.from_file(Path(folder) / "hparams.json")
-        variables = open_checkpoint(folder, config)  # first: no model is built for a checkpoint that does not fit
+        config, variables = open_weights(folder)
         with blank_weights():
             model = cls(config, **kwargs)
         targets = dict(leaves(model.leaf_tree()))
@@ -111,16 +130,23 @@ class GPT2Model(ParamTree, keras.Model):
         return model
 
     def leaf_tree(self) -> Tree:
-        """Returns the whole tree, ``{"blocks", "ln_f", "wpe", "wte"}``."""
+        """Returns the whole tree, ``{"blocks", "ln_f", "wpe", "wte"}``, and ``"lm_head"`` where there is one."""
+        head = {} if self.config.tie_word_embeddings else {"lm_head": self._head_leaf()}
         return {
             "blocks": [block.leaf_tree() for block in self.blocks],
+            **head,
             "ln_f": self.ln_f.leaf_tree(),
             "wpe": Leaf(self.wpe),
             "wte": self._wte_leaf(),
         }
 
     def _wte_leaf(self) -> MatrixLeaf:
-        return MatrixLeaf(self.wte, scale=self.wte_scale)
+        return MatrixLeaf(self.wte, self.config.n_embd, scale=self.wte_scale)
+
+    def _head_leaf(self) -> MatrixLeaf:
+        if self.config.tie_word_embeddings:
+            return self._wte_leaf()
+        return MatrixLeaf(self.lm_head, self.config.n_embd, scale=self.lm_head_scale)
 
     def call(self, ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Computes logits at every position, float32 (B, T, V)."""
@@ -191,8 +217,8 @@ class GPT2Model(ParamTree, keras.Model):
         return formulas.embed_tokens(ids, self._wte_leaf().base(), dtype=self.compute_dtype, ops=plain)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
-        """Multiplies by the token embedding: floats (..., C) -> float32 (..., V)."""
-        return formulas.logits(hidden, self._wte_leaf().base(), ops=plain)
+        """Multiplies by the token embedding, or a head of its own: floats (..., C) -> float32 (..., V)."""
+        return formulas.logits(hidden, self._head_leaf().base(), ops=plain)
 
     @property
     def input_dtype(self) -> str:
@@ -219,7 +245,7 @@ class GPT2Model(ParamTree, keras.Model):
         """
         raise NotImplementedError(
             f"mode={mode!r}: a GPT2Model is quantized when it is made, small = GPT2Model(model.config, "
-            f"quantization='int8'), and takes the weights with small.set_weights(model.get_params())"
+            f"quantization='int8' or 'int4'), and takes the weights with small.set_weights(model.get_params())"
         )
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:

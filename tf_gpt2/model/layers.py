@@ -15,8 +15,10 @@ import keras
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree
+from tf_gpt2.config import LAYER_NORM_EPS, known_activation
 from tf_gpt2.model import formulas
 from tf_gpt2.model.arithmetic import plain
+from tf_gpt2.model.arithmetic.activations import activate
 from tf_gpt2.model.param_tree import Leaf, MatrixLeaf, ParamTree, add_matrix
 
 INIT_STDDEV = 0.02
@@ -40,7 +42,7 @@ class Linear(ParamTree, keras.layers.Layer):
     Args:
         n_in: width of the input.
         n_out: width of the output.
-        quantization: ``"int8"`` keeps ``w`` as 8-bit integers, for inference only.
+        quantization: ``"int8"`` or ``"int4"`` keeps ``w`` as 8-bit or 4-bit integers, for inference only.
 
     Call arguments:
         x: floats (..., n_in) -> (..., n_out).
@@ -62,7 +64,8 @@ class Linear(ParamTree, keras.layers.Layer):
     def leaf_tree(self) -> Tree:
         """Returns the tree ``{"b", "w"}``."""
         lora = () if self.lora_a is None else (self.lora_a, self.lora_b, self.lora_scale)
-        return {"b": Leaf(self.b), "w": MatrixLeaf(self.w, transposed=True, scale=self.w_scale, lora=lora)}
+        matrix = MatrixLeaf(self.w, self.n_in, transposed=True, scale=self.w_scale, lora=lora)
+        return {"b": Leaf(self.b), "w": matrix}
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Computes ``x @ w + b`` in the layer's compute dtype."""
@@ -79,18 +82,20 @@ class Linear(ParamTree, keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("tf_gpt2")
 class LayerNorm(ParamTree, keras.layers.Layer):
-    """Layer norm over the last axis, in float32 whatever the policy; eps 1e-5, biased variance.
+    """Layer norm over the last axis, in float32 whatever the policy; biased variance.
 
     Args:
         n_embd: width, C.
+        epsilon: added to the variance.
 
     Call arguments:
         x: floats (..., C) -> (..., C) in the compute dtype.
     """
 
-    def __init__(self, n_embd: int, **kwargs: Any):
+    def __init__(self, n_embd: int, epsilon: float = LAYER_NORM_EPS, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         self.n_embd = n_embd
+        self.epsilon = epsilon
 
     def build(self, input_shape: Any) -> None:
         """Creates the gain ``g`` and the bias ``b``."""
@@ -104,7 +109,7 @@ class LayerNorm(ParamTree, keras.layers.Layer):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Normalizes in float32; returns the compute dtype."""
         x = tf.cast(x, tf.float32)
-        return tf.cast(formulas.norm(x, self.weights_tree(), ops=plain), self.compute_dtype)
+        return tf.cast(formulas.norm(x, self.weights_tree(), ops=plain, epsilon=self.epsilon), self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Returns the input's shape."""
@@ -112,7 +117,7 @@ class LayerNorm(ParamTree, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
-        return {**super().get_config(), "n_embd": self.n_embd}
+        return {**super().get_config(), "n_embd": self.n_embd, "epsilon": self.epsilon}
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
@@ -124,13 +129,23 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         n_head: heads, H; must divide ``n_embd``.
         dropout: rate on attention weights and on the output, active in training only.
         quantization: as in ``Linear``.
+        score_divisor: divides the scores, beside the usual sqrt(D).
 
     Call arguments:
         x: floats (B, T, C) -> (B, T, C).
         cache: ``LayerCache`` of earlier keys and values; ``None`` attends within ``x``.
     """
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        dropout: float = 0.0,
+        quantization: str | None = None,
+        *,
+        score_divisor: float = 1.0,
+        **kwargs: Any,
+    ):
         super().__init__(autocast=False, **kwargs)
         if n_embd % n_head:
             raise ValueError(f"n_head must divide n_embd, got n_head={n_head} and n_embd={n_embd}")
@@ -138,6 +153,7 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
         self.n_head = n_head
         self.dropout = dropout
         self.quantization = quantization
+        self.score_divisor = score_divisor
         self.c_attn = Linear(n_embd, 3 * n_embd, quantization, dtype=self.dtype_policy, name="c_attn")
         self.c_proj = Linear(n_embd, n_embd, quantization, dtype=self.dtype_policy, name="c_proj")
         self.attn_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
@@ -158,6 +174,7 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
             self.c_attn(x),
             n_head=self.n_head,
             ops=plain,
+            divisor=None if self.score_divisor == 1 else self.score_divisor,
             extend=None if cache is None else cache.update,
             drop=lambda weights: self.attn_dropout(weights, training=training),
         )
@@ -169,30 +186,44 @@ class CausalSelfAttention(ParamTree, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
-        arguments = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
+        names = ("n_embd", "n_head", "dropout", "quantization", "score_divisor")
+        arguments = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **arguments}
 
 
 @keras.saving.register_keras_serializable("tf_gpt2")
 class MLP(ParamTree, keras.layers.Layer):
-    """Two linear layers with gelu between; the inner width F is 4 C.
+    """Two linear layers with an activation between.
 
     Args:
         n_embd: width, C.
         dropout: rate on the output, active in training only.
         quantization: as in ``Linear``.
+        n_inner: width between the two, F; 4 C by default.
+        activation: as in ``GPT2Config``; OpenAI's is ``"gelu_new"``.
 
     Call arguments:
         x: floats (B, T, C) -> (B, T, C).
     """
 
-    def __init__(self, n_embd: int, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        n_embd: int,
+        dropout: float = 0.0,
+        quantization: str | None = None,
+        *,
+        n_inner: int | None = None,
+        activation: str = "gelu_new",
+        **kwargs: Any,
+    ):
         super().__init__(autocast=False, **kwargs)
         self.n_embd = n_embd
         self.dropout = dropout
         self.quantization = quantization
-        self.c_fc = Linear(n_embd, 4 * n_embd, quantization, dtype=self.dtype_policy, name="c_fc")
-        self.c_proj = Linear(4 * n_embd, n_embd, quantization, dtype=self.dtype_policy, name="c_proj")
+        self.n_inner = 4 * n_embd if n_inner is None else n_inner
+        self.activation = known_activation(activation)
+        self.c_fc = Linear(n_embd, self.n_inner, quantization, dtype=self.dtype_policy, name="c_fc")
+        self.c_proj = Linear(self.n_inner, n_embd, quantization, dtype=self.dtype_policy, name="c_proj")
         self.resid_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any) -> None:
@@ -205,8 +236,9 @@ class MLP(ParamTree, keras.layers.Layer):
         return {"c_fc": self.c_fc.leaf_tree(), "c_proj": self.c_proj.leaf_tree()}
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """Widens, applies gelu, narrows."""
-        return self.resid_dropout(self.c_proj(plain.gelu(self.c_fc(x))), training=training)
+        """Widens, applies the activation, narrows."""
+        x = activate(self.c_fc(x), self.activation, plain)  # (B, T, F)
+        return self.resid_dropout(self.c_proj(x), training=training)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[Any, ...]:
         """Returns the input's shape."""
@@ -214,7 +246,8 @@ class MLP(ParamTree, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
-        arguments = {name: getattr(self, name) for name in ("n_embd", "dropout", "quantization")}
+        names = ("n_embd", "dropout", "quantization", "n_inner", "activation")
+        arguments = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **arguments}
 
 
@@ -227,22 +260,45 @@ class Block(ParamTree, keras.layers.Layer):
         n_head: heads, H; must divide ``n_embd``.
         dropout: rate inside attention and MLP, active in training only.
         quantization: as in ``Linear``.
+        n_inner: as in ``MLP``.
+        activation: as in ``MLP``.
+        layer_norm_epsilon: of both layer norms.
+        score_divisor: as in ``CausalSelfAttention``.
 
     Call arguments:
         x: floats (B, T, C) -> (B, T, C).
         cache: as in ``CausalSelfAttention``.
     """
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, quantization: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        dropout: float = 0.0,
+        quantization: str | None = None,
+        *,
+        n_inner: int | None = None,
+        activation: str = "gelu_new",
+        layer_norm_epsilon: float = LAYER_NORM_EPS,
+        score_divisor: float = 1.0,
+        **kwargs: Any,
+    ):
         super().__init__(autocast=False, **kwargs)
         self.n_embd = n_embd
         self.n_head = n_head
         self.dropout = dropout
         self.quantization = quantization
-        self.ln_1 = LayerNorm(n_embd, dtype=self.dtype_policy, name="ln_1")
-        self.attn = CausalSelfAttention(n_embd, n_head, dropout, quantization, dtype=self.dtype_policy, name="attn")
-        self.ln_2 = LayerNorm(n_embd, dtype=self.dtype_policy, name="ln_2")
-        self.mlp = MLP(n_embd, dropout, quantization, dtype=self.dtype_policy, name="mlp")
+        self.n_inner = 4 * n_embd if n_inner is None else n_inner
+        self.activation = activation
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.score_divisor = score_divisor
+        common = {"dtype": self.dtype_policy}
+        self.ln_1 = LayerNorm(n_embd, layer_norm_epsilon, **common, name="ln_1")
+        self.attn = CausalSelfAttention(
+            n_embd, n_head, dropout, quantization, score_divisor=score_divisor, **common, name="attn"
+        )
+        self.ln_2 = LayerNorm(n_embd, layer_norm_epsilon, **common, name="ln_2")
+        self.mlp = MLP(n_embd, dropout, quantization, n_inner=n_inner, activation=activation, **common, name="mlp")
 
     def build(self, input_shape: Any) -> None:
         """Builds the four parts."""
@@ -265,5 +321,6 @@ class Block(ParamTree, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
-        arguments = {name: getattr(self, name) for name in ("n_embd", "n_head", "dropout", "quantization")}
+        names = ("n_embd", "n_head", "dropout", "quantization", "n_inner", "activation", "layer_norm_epsilon")
+        arguments = {name: getattr(self, name) for name in (*names, "score_divisor")}
         return {**super().get_config(), **arguments}

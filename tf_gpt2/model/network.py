@@ -62,7 +62,7 @@ class Network:
         return formulas.hidden_states(
             ids,
             self.weights,
-            n_head=self.config.n_head,
+            config=self.config,
             dtype=self.dtype,
             ops=self.ops,
             positions=positions,
@@ -80,7 +80,7 @@ class Network:
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Computes logits: floats (..., C) -> float32 (..., V)."""
-        return formulas.logits(hidden, self.weights["wte"], ops=self.ops)
+        return formulas.logits(hidden, formulas.head_of(self.weights), ops=self.ops)
 
 
 def network_of(model: GPT2Model, ops: Ops) -> Network:
@@ -96,14 +96,14 @@ def weights_of(model: GPT2Model) -> Weights:
     """
     for path, layer in [("model", model), *parts_of(model)]:
         check_own(path, layer, model.compute_dtype)
-    return tf.nest.map_structure(first_replica, model.weights_tree())
+    weights = model.weights_tree()
+    is_mirrored = isinstance(model.wpe.value, tf.distribute.DistributedValues)
+    return tf.nest.map_structure(first_replica, weights) if is_mirrored else weights
 
 
 def first_replica(variable: Any) -> Any:
-    """Returns one device's copy of a variable that a distribution strategy has mirrored; others as they are."""
-    if not isinstance(variable, tf.distribute.DistributedValues):
-        return variable
-    return variable.distribute_strategy.experimental_local_results(variable)[0]
+    """Returns one device's copy of a variable that a distribution strategy has mirrored; ``None`` for ``None``."""
+    return None if variable is None else variable.distribute_strategy.experimental_local_results(variable)[0]
 
 
 def check_own(path: str, layer: keras.Layer, dtype: str) -> None:

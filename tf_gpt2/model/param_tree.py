@@ -17,7 +17,21 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
-from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, LoraMatrix, Matrix, dequantize, quantize
+from tf_gpt2.model.weights import (
+    GROUP,
+    ROWS_AT_ONCE,
+    AnyMatrix,
+    Int4Matrix,
+    Int8Matrix,
+    LoraMatrix,
+    Matrix,
+    floats_of,
+    quantize,
+    quantize_4,
+)
+
+QUANTIZATIONS = ("int8", "int4")
+"""How the matrices of a model for inference may be rounded."""
 
 _draws = contextvars.ContextVar("draws", default=True)
 
@@ -43,20 +57,33 @@ def add_matrix(
     """Adds a matrix (n_out, n_in) to a layer.
 
     Returns:
-        The matrix; and its scales, (n_out,), when it is quantized, else None. A quantized matrix is not trained, and
-        starts with zeros.
+        The matrix; and its scales when it is quantized, else None: see ``Int8Matrix`` and ``Int4Matrix``. A quantized
+        matrix is not trained, and starts with zeros.
     """
     if quantization is None:
         return layer.add_weight(shape=shape, initializer=normal(stddev), autocast=False, name=name), None
-    if quantization != "int8":
-        raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")
-    matrix = layer.add_weight(
-        shape=shape, initializer="zeros", dtype="int8", trainable=False, autocast=False, name=name
-    )
-    scale = layer.add_weight(
-        shape=shape[:1], initializer="ones", dtype="float32", trainable=False, autocast=False, name=f"{name}_scale"
-    )
-    return matrix, scale
+    if quantization not in QUANTIZATIONS:
+        names = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(f"quantization must be None or one of {names}, got {quantization!r}")
+
+    def add(name: str, shape: tuple[int, ...], initializer: Any, dtype: str) -> keras.Variable:
+        return layer.add_weight(
+            shape=shape, initializer=initializer, dtype=dtype, trainable=False, autocast=False, name=name
+        )
+
+    n_out, n_in = shape
+    if quantization == "int8":
+        return add(name, shape, "zeros", "int8"), add(f"{name}_scale", (n_out,), "ones", "float32")
+    n_groups = -(-n_in // GROUP)
+    zeros = keras.initializers.Constant(0x88)
+    matrix = add(name, (n_out, n_groups * GROUP // 2), zeros, "uint8")
+    return matrix, add(f"{name}_scale", (n_groups, n_out), "ones", "bfloat16")
+
+
+def parts_of_rows(n_rows: int) -> Iterator[slice]:
+    """Yields slices of rows, so many that copies of them are small beside a large matrix."""
+    for start in range(0, n_rows, ROWS_AT_ONCE):
+        yield slice(start, start + ROWS_AT_ONCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +114,28 @@ class Leaf:
         """Returns a copy of the variable as a NumPy array."""
         return np.asarray(self.variable.value).copy()
 
-    def write(self, array: np.ndarray | tf.Tensor) -> None:
-        """Assigns an array or a tensor; a tensor of the same dtype is not copied."""
-        self.variable.assign(array)
+    def write(self, array: Any) -> None:
+        """Assigns an array, or a tensor, which is not copied; of other values that have rows, some rows at a time."""
+        if isinstance(array, np.ndarray | tf.Tensor):
+            self.variable.assign(array)
+            return
+        for rows in parts_of_rows(array.shape[0]):
+            self.variable.value[rows].assign(tf.cast(array[rows], self.variable.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixLeaf(Leaf):
-    """A matrix's place in the tree; the variable is (n_out, n_in).
+    """A matrix's place in the tree; the variable is (n_out, n_in), or that of a quantized matrix.
 
     Attributes:
+        n_in: how many inputs.
         transposed: whether the tree's array is (n_in, n_out).
-        scale: the scales of an 8-bit matrix, (n_out,).
+        scale: the scales of an 8-bit or 4-bit matrix.
         lora: of a matrix with a low-rank addition, ``a``, ``b`` and ``scale`` of ``LoraMatrix``. What is read is the
             sum; what is written is the sum, too: ``b`` becomes zero.
     """
 
+    n_in: int = 0
     transposed: bool = False
     scale: keras.Variable | None = None
     lora: tuple[keras.Variable, ...] = ()
@@ -110,12 +143,12 @@ class MatrixLeaf(Leaf):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tree's array."""
-        shape = tuple(self.variable.shape)
-        return shape[::-1] if self.transposed else shape
+        n_out = self.variable.shape[0]
+        return (self.n_in, n_out) if self.transposed else (n_out, self.n_in)
 
     @property
     def variables(self) -> tuple[keras.Variable, ...]:
-        """The matrix, its scales if it is an 8-bit one, and its low-rank addition."""
+        """The matrix, its scales if it is quantized, and its low-rank addition."""
         return (self.variable, *(() if self.scale is None else (self.scale,)), *self.lora)
 
     def weight(self) -> AnyMatrix | LoraMatrix:
@@ -126,23 +159,32 @@ class MatrixLeaf(Leaf):
     def base(self) -> AnyMatrix:
         """Returns the matrix without a low-rank addition; copies nothing."""
         value = self.variable.value
-        return Matrix(value) if self.scale is None else Int8Matrix(value, self.scale.value)
+        if self.scale is None:
+            return Matrix(value)
+        return (Int8Matrix if self.variable.dtype == "int8" else Int4Matrix)(value, self.scale.value)
 
     def read(self) -> np.ndarray:
-        """Returns a copy of the matrix in the tree's orientation; float32 for an 8-bit one."""
-        value = self.variable.value
-        array = np.asarray(value if self.scale is None else dequantize(value, self.scale.value))
+        """Returns a copy of the matrix in the tree's orientation; float32 for a quantized one."""
+        array = np.asarray(floats_of(self.base(), self.n_in))
         if self.lora:
             array = with_addition(array, *self.lora)
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
-    def write(self, array: np.ndarray | tf.Tensor) -> None:
-        """Assigns an array in the tree's orientation; rounds it where the matrix is an 8-bit one."""
-        value = tf.transpose(array) if self.transposed else array
-        if self.scale is not None:
-            value, scale = quantize(value)
+    def write(self, array: Any) -> None:
+        """Assigns an array in the tree's orientation; rounds it where the matrix is quantized."""
+        if self.transposed:
+            array = tf.transpose(array[:])
+        if self.scale is None:
+            super().write(array)
+        elif self.variable.dtype == "int8":
+            for rows in parts_of_rows(array.shape[0]):
+                value, scale = quantize(array[rows])
+                self.variable.value[rows].assign(value)
+                self.scale.value[rows].assign(scale)
+        else:  # a matrix of a block, which is small
+            value, scale = quantize_4(array[:])
+            self.variable.assign(value)
             self.scale.assign(scale)
-        self.variable.assign(value)
         if self.lora:
             self.lora[1].assign(tf.zeros(self.lora[1].shape))
 
@@ -226,17 +268,15 @@ class ParamTree:
 
 def parts_of(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
     """Yields all layers inside a layer, with their paths, such as ``"blocks/0/attn"``."""
-    for name, value in vars(layer).items():
-        is_several = name == "blocks"
-        for i, part in enumerate(value if is_several else [value]):
-            if isinstance(part, keras.Layer):
-                inner = f"{path}{name}/{i}" if is_several else f"{path}{name}"
-                yield inner, part
-                yield from parts_of(part, f"{inner}/")
+    parts = [(name, value) for name, value in vars(layer).items() if isinstance(value, keras.Layer)]
+    parts += [(f"blocks/{i}", block) for i, block in enumerate(vars(layer).get("blocks", ()))]
+    for name, part in parts:
+        yield path + name, part
+        yield from parts_of(part, f"{path}{name}/")
 
 
 def frozen_parts(layer: Any) -> dict[str, list[str]]:
-    """Returns the paths of layers and variables that are not trained, but for 8-bit matrices, which never are."""
+    """Returns the paths of layers and variables that are not trained, but for quantized matrices, which never are."""
     return {
         "layers": [path for path, part in parts_of(layer) if not part.trainable],
         "variables": [path for path, leaf in trainable_leaves(layer) if not leaf.variable.trainable],

@@ -5,11 +5,14 @@ Each function names the test that fails when a new TensorFlow breaks it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.eager import context
 
 
@@ -79,3 +82,42 @@ def watches_operations() -> bool:
     Test: ``tests/model/test_keras.py``, ``test_checks_of_numbers_find_nothing_in_a_sound_model``.
     """
     return bool(context.context().op_callbacks)
+
+
+def ffi_api() -> int | None:
+    """Returns the address of XLA's table of functions for foreign ones, or ``None`` where there is none.
+
+    Test: ``tests/model/test_native.py``, ``test_xla_gets_what_the_library_computes``.
+    """
+    path = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
+    try:
+        find = ctypes.CDLL(str(path))._ZN3xla3ffi12GetXlaFfiApiEv
+    except (OSError, AttributeError):
+        return None
+    find.restype = ctypes.c_void_p
+    return find()
+
+
+def call_foreign(name: str, inputs: Sequence[tf.Tensor], shape: Sequence[int]) -> tf.Tensor:
+    """Calls a function that is registered with XLA's foreign function interface; only XLA can compile that.
+
+    Args:
+        name: of the function.
+        inputs: tensors of known shapes.
+        shape: of the result, float32.
+
+    Test: ``tests/model/test_native.py``, ``test_wrong_shapes_are_refused_by_name``.
+    """
+    dtypes = {tf.float32: "f32", tf.bfloat16: "bf16", tf.int8: "i8", tf.uint8: "ui8"}
+    kinds = [f"tensor<{'x'.join(map(str, x.shape))}x{dtypes[x.dtype]}>" for x in inputs]
+    kind = f"tensor<{'x'.join(map(str, shape))}xf32>"
+    names = [f"%x{i}" for i in range(len(inputs))]
+    parameters = ", ".join(f"{x}: {kind_of_x}" for x, kind_of_x in zip(names, kinds, strict=True))
+    module = (  # StableHLO
+        f"module @m {{ func.func public @main({parameters}) -> {kind} {{ "
+        f"%y = stablehlo.custom_call @{name}({', '.join(names)}) {{api_version = 4 : i32, backend_config = {{}}}} : "
+        f"({', '.join(kinds)}) -> {kind} return %y : {kind} }} }}"
+    )
+    return gen_xla_ops.xla_call_module(
+        list(inputs), version=4, module=module, Sout=[list(shape)], Tout=[tf.float32], platforms=["CPU"]
+    )[0]

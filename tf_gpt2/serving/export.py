@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from tf_gpt2._version import package_version
 from tf_gpt2.checkpoint.params import leaves
+from tf_gpt2.checkpoint.vocabulary import write_openai
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.options import check_counts
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -32,7 +33,6 @@ from tf_gpt2.serving.prompts import PromptReader
 from tf_gpt2.serving.signatures import ServedFunctions
 from tf_gpt2.serving.warmup import RECORDS_PATH, Request, plain_requests, write_warmup_records, xla_requests
 from tf_gpt2.text.generator import TextGenerator
-from tf_gpt2.tokenizer.encoder import Encoder
 
 OnStep = Callable[[str], None]
 WARM_UP = ("plain", "xla", "none")
@@ -75,6 +75,7 @@ def export_saved_model(
         ``folder / version``.
 
     Raises:
+        CheckpointError: when the generator's vocabulary cannot be used.
         FileExistsError: when the version exists, or another process made it meanwhile.
         ImportError: when ``warm_up="xla"`` and the extra ``serving`` is not installed.
         ParamsError: when weights hold NaN or infinity, for which a server would return empty texts.
@@ -99,6 +100,7 @@ def export_saved_model(
     requests = requests_for(warm_up, xla=xla)
     check_path(folder)
     check_weights(generator.model)
+    generator.encoder.encode("")  # raises where there is no vocabulary
     target = Path(folder) / str(version)
     if target.exists() and not overwrite:
         raise already_there(target)
@@ -268,7 +270,7 @@ def write_assets(generator: TextGenerator, folder: Path, max_new_tokens: int, si
     """Writes the model's description for people and programs: hyperparameters, vocabulary, manifest."""
     folder.mkdir(exist_ok=True)
     write_json(generator.model.config.to_hparams(), folder / "hparams.json")
-    write_vocabulary(generator.encoder, folder)
+    write_openai(generator.encoder, folder)
     model = generator.model
     manifest = {
         "tf_gpt2": package_version(),
@@ -284,14 +286,6 @@ def write_assets(generator: TextGenerator, folder: Path, max_new_tokens: int, si
         },
     }
     write_json(manifest, folder / "manifest.json")
-
-
-def write_vocabulary(encoder: Encoder, folder: Path) -> None:
-    """Writes ``encoder.json`` and ``vocab.bpe`` in OpenAI's form."""
-    write_json(encoder.encoder, folder / "encoder.json")
-    merges = sorted(encoder.bpe_ranks, key=encoder.bpe_ranks.__getitem__)
-    lines = ["#version: 0.2", *map(" ".join, merges)]
-    (folder / "vocab.bpe").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_json(value: Any, path: Path) -> None:

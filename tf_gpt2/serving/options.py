@@ -106,12 +106,12 @@ def first_error(errors: tf.Tensor, holds: tf.Tensor, sentence: str | tf.Tensor) 
     return tf.where((errors != "") | holds, errors, sentence)
 
 
-def sampling_from(options: Options, n_vocab: int) -> Sampling:
-    """Makes the sampling settings from checked options."""
+def sampling_from(options: Options, bias: tf.Tensor) -> Sampling:
+    """Makes the sampling settings from checked options; ``bias``, float32 (V,), is -inf for ids that are never said."""
     seeds = options["seed"]  # (B,)
     words = tf.stack([seeds & 0xFFFFFFFF, tf.bitwise.right_shift(seeds, tf.constant(32, tf.int64))], axis=1)
     of_rows = {name: options[name] for name in Processing._fields if name in options}
-    processing = Processing(bias=tf.zeros([n_vocab]), bad_words=tf.fill([1, 1], -1), **of_rows)
+    processing = Processing(bias=bias, bad_words=tf.fill([1, 1], -1), **of_rows)
     settings = {name: options[name] for name in Sampling._fields if name in options}
     settings |= dict.fromkeys(("n_before", "n_new"), tf.zeros_like(options["top_k"]))
     return Sampling(seeds=tf.cast(words, tf.uint32), processing=processing, **settings)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tf_gpt2.generation.loop import Limits
+from tf_gpt2.generation.options import make_bias
 from tf_gpt2.serving.graph_loop import Continued, GraphLoop, Prompts
 from tf_gpt2.serving.options import (
     GENERATE_OPTIONS,
@@ -83,6 +84,7 @@ class ServedFunctions:
         self.max_new_tokens = max_new_tokens
         self.reader = reader
         self.stop_ids = generator.stop_ids(stop_at_end_of_text=True) or [-1]
+        self.bias = make_bias({}, generator.unknown_ids, [], self.config)
         self.loop = GraphLoop(generator.model, xla=xla)
 
     def signatures(self) -> dict[str, Any]:
@@ -264,7 +266,7 @@ class ServedFunctions:
         lengths = tf.maximum(pad(rows.lengths), 1)
         prompts = Prompts(ids, lengths, tf.minimum(pad(prompt_lengths), lengths))
         spread = {name: tf.pad(x, padding, constant_values=neutral(name)) for name, x in options.items()}
-        sampling = sampling_from(spread, self.config.n_vocab)
+        sampling = sampling_from(spread, tf.constant(self.bias))
         continued = self.loop.generate(prompts, sampling, Limits(pad(limits), tf.constant(self.stop_ids)))
         return Continued(*(x[:n_rows] for x in continued))
 

@@ -81,7 +81,8 @@ class Conversation:
         pieces = TextPieces(generator.encoder, check_stops(stop))
         ids = generator.encoder.encode(text) if session.ids else generator.encode_prompt(text)
         stop_ids = generator.stop_ids(stop_at_end_of_text)
-        chunks = session.add(ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, **options)
+        allowed = generator.without_unknown(options)
+        chunks = session.add(ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, **allowed)
 
         def texts() -> Iterator[str]:
             self._starts.append(session.n_dropped + len(session.ids))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 from tf_gpt2.checkpoint.load import find_folder, read_encoder_and_config
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.generate import stream_row, warm_up
-from tf_gpt2.generation.options import SamplingOptions, check_counts, check_names, check_prompt, make_request
+from tf_gpt2.generation.options import SamplingOptions, check_counts, check_names, check_prompt, items_of, make_request
 from tf_gpt2.generation.scoring import Progress, Score, score
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.lora import load_lora
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-DTYPES = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
+DTYPES = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+}
 """What each name means for ``GPT2Model``."""
 
 
@@ -33,10 +38,10 @@ class TextGenerator:
 
     Args:
         model: the model.
-        encoder: its vocabulary.
+        encoder: its vocabulary; ids of the model that it lacks are never chosen.
 
     Raises:
-        ValueError: when model and vocabulary have different numbers of tokens.
+        ValueError: when the vocabulary has ids that the model lacks.
 
     Example:
         >>> from tf_gpt2.checkpoint.download import embedded_dir
@@ -45,23 +50,27 @@ class TextGenerator:
     """
 
     def __init__(self, model: GPT2Model, encoder: Encoder):
-        if len(encoder) != model.config.n_vocab:
+        n_vocab = model.config.n_vocab
+        if max(encoder.decoder, default=0) >= n_vocab:
             raise ValueError(
-                f"encoder has {len(encoder)} tokens and model n_vocab={model.config.n_vocab}; take both from one folder"
+                f"encoder has {len(encoder)} tokens and model n_vocab={n_vocab}; take both from one folder"
             )
         self.model = model
         self.encoder = encoder
+        self.unknown_ids = [i for i in range(n_vocab) if i not in encoder.decoder] if len(encoder) else []
 
     @classmethod
     def from_checkpoint(
         cls, folder: str | Path, *, dtype: str = "float32", adapter: str | Path | None = None
     ) -> TextGenerator:
-        """Makes a generator from a folder with the seven files.
+        """Makes a generator from a folder or file in any known format.
 
         Args:
-            folder: such as ``"checkpoints/tiny"``.
+            folder: such as ``"checkpoints/tiny"``: holds OpenAI's or Hugging Face's files, or is or holds a file of
+                Keras or of GGUF.
             dtype: of the weights and of the arithmetic, ``"float32"`` or ``"bfloat16"``; ``"int8"`` keeps the
-                matrices as 8-bit integers and computes in float32.
+                matrices as 8-bit integers, and ``"int4"`` those of the blocks as 4-bit ones; both compute in float32,
+                and round what they multiply to 8 bits where that is faster.
             adapter: a folder with a LoRA adapter, as ``tf_gpt2.training.save_lora`` or PEFT writes it. In float32 it
                 is merged into the weights; in other dtypes it is kept apart, because they would round the sum.
 
@@ -90,8 +99,8 @@ class TextGenerator:
         """Makes a generator from a model's name or folder; downloads OpenAI's files when they are not there.
 
         Args:
-            model: ``"124M"``, ``"355M"``, ``"774M"``, ``"1558M"``, ``"tiny"`` (embedded), the name of a folder in
-                ``models_dir``, or the path of a folder.
+            model: ``"124M"``, ``"355M"``, ``"774M"``, ``"1558M"``, ``"tiny"`` (embedded), the name of a folder or
+                file in ``models_dir``, or the path of a folder or file, in any known format.
             models_dir: holds one folder per model; downloads go there.
             dtype: as for ``from_checkpoint``.
             adapter: as for ``from_checkpoint``.
@@ -246,7 +255,7 @@ class TextGenerator:
             overflow=overflow,
             prompt_lookup=prompt_lookup,
             jit_compile=jit_compile,
-            **options,
+            **self.without_unknown(options),
         )
         completions = complete_many(
             self.model, self.encoder, prompts, request, stops=stops, batch_size=batch_size, progress=progress
@@ -302,7 +311,7 @@ class TextGenerator:
             overflow=overflow,
             prompt_lookup=prompt_lookup,
             jit_compile=jit_compile,
-            **options,
+            **self.without_unknown(options),
         )
         return pieces.texts(stream_row(self.model, row, request))
 
@@ -335,11 +344,19 @@ class TextGenerator:
 
         def search(several: Iterable[str]) -> Iterator[list[tuple[str, float]]]:
             rows = [self.encode_prompt(text) for text in check_texts("prompts", several)]
-            result = beam_search(self.model, rows, stop_ids=self.stop_ids(stop_at_end_of_text), **options)
+            allowed: BeamOptions = {**options, "suppress": [*options.get("suppress", ()), *self.unknown_ids]}
+            result = beam_search(self.model, rows, stop_ids=self.stop_ids(stop_at_end_of_text), **allowed)
             for ids, scores in zip(result.ids, result.scores, strict=True):
                 yield list(zip(map(self.encoder.decode, ids), scores, strict=True))
 
         return answer(prompts, search)
+
+    def without_unknown(self, options: SamplingOptions) -> SamplingOptions:
+        """Returns options that also keep the model from ids that the vocabulary lacks."""
+        asked = items_of(options.get("suppress", ()))
+        if not self.unknown_ids or asked is None:  # None: make_request says what is wrong
+            return options
+        return {**options, "suppress": [*asked, *self.unknown_ids]}
 
     def stop_ids(self, stop_at_end_of_text: bool) -> list[int]:
         """Returns the ids that end a text."""

@@ -33,6 +33,7 @@ class BeamOptions(TypedDict, total=False):
     length_penalty: float
     early_stopping: bool | str
     num_return_sequences: int
+    suppress: Sequence[int]
     jit_compile: bool
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
+import numpy as np
+
+from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.options import check_stride
 from tf_gpt2.generation.scoring import Progress, sliding_logprobs
 from tf_gpt2.model.gpt2 import GPT2Model
@@ -77,16 +81,27 @@ def measure_perplexity(
     on_progress: Progress | None = None,
 ) -> Perplexity:
     """Scores a text; arguments and errors as for ``TextGenerator.perplexity``."""
-    n_ctx = model.config.n_ctx
-    stride = max(1, n_ctx // 2) if stride is None else check_stride(stride, model.config)
+    stride = default_stride(model.config) if stride is None else check_stride(stride, model.config)
     ids = encoder.encode(check_text("text", text))
     logprobs = sliding_logprobs(model, ids, stride=stride, jit_compile=jit_compile, on_progress=on_progress)
+    return make_perplexity(encoder, text, ids, logprobs, window=model.config.n_ctx, stride=stride)
+
+
+def default_stride(config: GPT2Config) -> int:
+    """Returns by how many tokens the window moves on where nobody says: half of it."""
+    return max(1, config.n_ctx // 2)
+
+
+def make_perplexity(
+    encoder: Encoder, text: str, ids: Sequence[int], logprobs: np.ndarray, *, window: int, stride: int
+) -> Perplexity:
+    """Makes the figures of a text from the log-probabilities of its scored tokens."""
     return Perplexity(
         n_tokens=len(ids),
         n_scored=len(logprobs),
         n_words=len(text.split()),
         n_bytes=len(encoder.decode_bytes(ids)),
         nll=-math.fsum(logprobs),
-        window=n_ctx,
+        window=window,
         stride=stride,
     )

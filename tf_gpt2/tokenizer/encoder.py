@@ -4,16 +4,21 @@ Text is cut into pieces (``PATTERN``: a word with its leading space, a number, a
 The UTF-8 bytes of a piece become symbols, one visible character per byte, and neighbouring symbols are merged in the
 order of ``vocab.bpe`` until no merge applies. ``encoder.json`` lists the id of each remaining symbol.
 
+Special tokens, such as ``<|endoftext|>``, are no pieces of text: they are ids that ``encode`` makes of their names only
+where it is allowed to.
+
 Knows nothing of models, of batches or of TensorFlow.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import heapq
 import json
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import SupportsIndex
@@ -34,6 +39,9 @@ r"""The characters that ``\s`` matches in ``PATTERN``; in ``re`` it matches U+00
 
 CHUNK = re.compile(f"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
 """Cuts text before each run of white space, where a piece always ends: white space only begins a piece."""
+
+WORD_START, WORD_END = regex.compile(r"\w"), regex.compile(r"\w\Z")
+"""Whether a text begins or ends inside a word."""
 
 MAX_CACHE_ENTRIES = 1 << 17
 """The cache is emptied when it has so many entries: about 20 MB for English, 100 MB for the worst text."""
@@ -66,6 +74,29 @@ def bytes_to_unicode() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(invisible)}
 
 
+@dataclasses.dataclass(frozen=True)
+class SpecialToken:
+    """A token that stands for itself, and is not made by merges.
+
+    Attributes:
+        id: its id.
+        lstrip, rstrip: whether it takes the white space on its left, on its right, too.
+        single_word: whether it counts only where no letter or digit is beside it.
+        first: whether it is looked for before those that are not ``first``.
+        control: whether it is a mark, which other programs may leave out of text, and not a word that was added.
+
+    Source: huggingface/tokenizers, ``AddedToken``; ``first`` is the opposite of ``normalized``,
+    ``control`` is ``special``.
+    """
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    first: bool = True
+    control: bool = True
+
+
 class Encoder:
     """A vocabulary with its merges: ``encode`` text to ids, ``decode`` ids to text.
 
@@ -75,9 +106,13 @@ class Encoder:
         encoder: token, in the form of ``bytes_to_unicode``, to id; the content of ``encoder.json``, not copied.
         bpe_merges: pairs of tokens, in the order in which to merge them; the content of ``vocab.bpe``.
         errors: how ``decode`` treats bytes that are not UTF-8, as for ``bytes.decode``.
+        special_tokens: text of a special token to its id, or to a ``SpecialToken``; they need not be in ``encoder``. By
+            default those in ``encoder`` that no merge makes, such as ``<|endoftext|>``.
+        end_of_text: the special token between documents.
 
     Attributes:
-        encoder, decoder: token to id, id to token.
+        encoder, decoder: token to id, id to token; ``decoder`` has the special tokens, too.
+        special_tokens: text to ``SpecialToken``.
         bpe_ranks: pair of tokens to its place in ``bpe_merges``.
         cache: ids of strings seen before, at most ``MAX_CACHE_ENTRIES``.
         byte_encoder, byte_decoder: byte to visible character, visible character to byte.
@@ -94,7 +129,15 @@ class Encoder:
     Source: openai/gpt-2, ``src/encoder.py``; Sennrich et al. 2016, section 3.2.
     """
 
-    def __init__(self, encoder: dict[str, int], bpe_merges: Iterable[Pair], errors: str = "replace") -> None:
+    def __init__(
+        self,
+        encoder: dict[str, int],
+        bpe_merges: Iterable[Pair],
+        errors: str = "replace",
+        *,
+        special_tokens: Mapping[str, int | SpecialToken] | None = None,
+        end_of_text: str = END_OF_TEXT,
+    ) -> None:
         self.encoder = encoder
         self.decoder = {token_id: token for token, token_id in encoder.items()}
         self.bpe_ranks: dict[Pair, int] = {(left, right): rank for rank, (left, right) in enumerate(bpe_merges)}
@@ -104,6 +147,13 @@ class Encoder:
         self.errors = errors
         self.pat = regex.compile(PATTERN)
         self._check()
+        of_text = self._special_by_default() if special_tokens is None else special_tokens
+        self.special_tokens = {
+            text: token if isinstance(token, SpecialToken) else SpecialToken(token) for text, token in of_text.items()
+        }
+        self._end_of_text = end_of_text
+        self._patterns: dict[tuple[str, ...], regex.Pattern[str]] = {}
+        self._add_special_tokens()
 
     @classmethod
     def from_files(cls, folder: str | Path) -> Encoder:
@@ -122,34 +172,52 @@ class Encoder:
         return encoder
 
     def __len__(self) -> int:
-        return len(self.encoder)
+        return len(self.decoder)
 
     @property
     def end_of_text(self) -> int | None:
-        """The id of ``<|endoftext|>``; None when the vocabulary has no such token."""
-        return self.encoder.get(END_OF_TEXT)
+        """The id of ``<|endoftext|>``, or of the token in its place; None when the vocabulary has no such token."""
+        token = self.special_tokens.get(self._end_of_text)
+        return self.encoder.get(self._end_of_text) if token is None else token.id
 
-    def encode(self, text: str) -> list[int]:
-        """Turns text into ids, never into special ones: ``<|endoftext|>`` counts as thirteen ordinary characters.
+    def encode(self, text: str, *, allowed_special: str | Collection[str] = ()) -> list[int]:
+        """Turns text into ids: by default never into special ones, ``<|endoftext|>`` is thirteen ordinary characters.
 
         ``decode`` returns the same text, unless it has surrogates, which UTF-8 cannot express: a pair becomes the
         character that it stands for, a lone one becomes U+FFFD.
 
+        Args:
+            text: the text.
+            allowed_special: the special tokens whose names become their ids, such as ``{"<|endoftext|>"}``; ``"all"``
+                allows all. Do not allow them in text that others wrote.
+
         Raises:
             TypeError: when ``text`` is not a str.
+            ValueError: when ``allowed_special`` names a token that is not special.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}; use encode_batch for a list")
+        allowed = self.allowed_special_tokens(allowed_special) if allowed_special else ()
         try:
-            return self._encode(text)
+            return self._encode_with(text, allowed)
         except UnicodeEncodeError:
-            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            return self._encode_with(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), allowed)
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Iterable[str], *, allowed_special: str | Collection[str] = ()) -> list[list[int]]:
         """Turns each text into ids, as ``encode`` does; raises TypeError for a single str."""
         if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
             raise TypeError(f"texts must be a list of str, got {texts!r}; encode takes one str")
-        return [self.encode(text) for text in texts]
+        return [self.encode(text, allowed_special=allowed_special) for text in texts]
+
+    def allowed_special_tokens(self, allowed_special: str | Collection[str]) -> tuple[str, ...]:
+        """Returns the special tokens that ``allowed_special`` names, sorted; raises ValueError for others."""
+        if isinstance(allowed_special, str) and allowed_special != "all":
+            raise ValueError(f'allowed_special must be "all" or a set of tokens, got {allowed_special!r}')
+        names = self.special_tokens if allowed_special == "all" else allowed_special
+        if unknown := sorted(str(name) for name in names if name not in self.special_tokens):
+            known = ", ".join(list(self.special_tokens)[:20]) or "none"
+            raise ValueError(f"allowed_special has {', '.join(unknown[:10])}; the special tokens are: {known}")
+        return tuple(sorted(names))
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Turns ids into text; bytes that are not UTF-8 become U+FFFD, or are treated as ``errors`` says.
@@ -181,6 +249,46 @@ class Encoder:
         if foreign := set(token) - self.byte_decoder.keys():
             raise ValueError(f"token has {min(foreign)!r}, which stands for no byte; write it with bytes_to_unicode()")
         return " ".join(_merge(list(token), self.bpe_ranks))
+
+    def _encode_with(self, text: str, allowed: tuple[str, ...]) -> list[int]:
+        """Encodes text in which some special tokens count: those that are ``first``, then the others in the rest."""
+        if not allowed:
+            return self._encode(text)
+        parts: list[str | int] = [text]
+        for is_first in (True, False):
+            names = tuple(name for name in allowed if self.special_tokens[name].first is is_first)
+            if names:
+                parts = [piece for part in parts for piece in self._cut_out(part, names)]
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._encode(part)
+        return ids
+
+    def _cut_out(self, part: str | int, names: tuple[str, ...]) -> list[str | int]:
+        """Puts ids in the places of special tokens: the one that begins first, of those the longest."""
+        if isinstance(part, int):
+            return [part]
+        pieces: list[str | int] = []
+        end = 0
+        for match in self._special_pattern(names).finditer(part):
+            token = self.special_tokens[match[0]]
+            start, stop = match.span()
+            before, after = part[:start], part[stop:]
+            if token.single_word and (WORD_END.search(before) or WORD_START.match(after)):
+                continue
+            if token.lstrip:
+                start = max(len(before.rstrip()), end)
+            if token.rstrip:
+                stop += len(after) - len(after.lstrip())
+            pieces += [part[end:start], token.id]
+            end = stop
+        return [*pieces, part[end:]]
+
+    def _special_pattern(self, names: tuple[str, ...]) -> regex.Pattern[str]:
+        if names not in self._patterns:
+            longest_first = sorted(names, key=len, reverse=True)
+            self._patterns[names] = regex.compile("|".join(map(regex.escape, longest_first)))
+        return self._patterns[names]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -231,10 +339,38 @@ class Encoder:
 
     def _check_complete(self) -> None:
         # PATTERN cuts special tokens into pieces. A merge makes each other token; if not, vocab.bpe was cut short.
-        made = {left + right for left, right in self.bpe_ranks} | self.byte_decoder.keys()
-        for token in self.encoder.keys() - made:
-            if self.pat.fullmatch(self.decode([self.encoder[token]])):
+        for token in self._unmade_tokens():
+            if self.pat.fullmatch(self._bytes(token).decode("utf-8", "replace")):
                 raise ValueError(f"no merge makes the token {token!r}")
+
+    def _unmade_tokens(self) -> list[str]:
+        """Returns the tokens that are no byte, and that no merge makes, in the order of their ids."""
+        made = {left + right for left, right in self.bpe_ranks} | self.byte_decoder.keys()
+        return sorted(self.encoder.keys() - made, key=self.encoder.__getitem__)
+
+    def _special_by_default(self) -> dict[str, int]:
+        """Returns the texts and ids of the tokens that no merge makes; a part of a character is no text."""
+        special = {}
+        for token in self._unmade_tokens():
+            with contextlib.suppress(UnicodeDecodeError):
+                special[self._bytes(token).decode("utf-8")] = self.encoder[token]
+        return special
+
+    def _bytes(self, token: str) -> bytes:
+        return bytes([self.byte_decoder[symbol] for symbol in token])
+
+    def _symbols(self, text: str) -> str:
+        return "".join(self.byte_encoder[byte] for byte in text.encode("utf-8"))
+
+    def _add_special_tokens(self) -> None:
+        for text, token in self.special_tokens.items():
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"special_tokens must have texts as names, got {text!r}")
+            if type(token.id) is not int or not 0 <= token.id <= MAX_ID:
+                raise ValueError(f"special_tokens must have ids in [0, {MAX_ID}], got {token.id!r} for {text!r}")
+            symbols = self._symbols(text)
+            if self.decoder.setdefault(token.id, symbols) != symbols:
+                raise ValueError(f"the special token {text!r} and {self.decoder[token.id]!r} have the same id")
 
 
 def _merge(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:

@@ -12,11 +12,14 @@ XLA cannot handle strings: call these functions outside of compiled code.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.tokenizer.in_graph_merge import merge, merge_table
+from tf_gpt2.tokenizer.in_graph_special import SpecialTable, find_special
 from tf_gpt2.tokenizer.in_graph_split import character_classes, piece_starts
 
 
@@ -51,29 +54,50 @@ class InGraphEncoder(tf.Module):
             raise ValueError(f"encoder has ids from {ids[0]} to {ids[-1]}; number them within int32")
         bytes_first = [encoder.byte_encoder[byte] for byte in range(256)]
         symbols = list(dict.fromkeys([*bytes_first, *map("".join, encoder.bpe_ranks)]))
+        self._encoder = encoder
+        self._n_symbols = len(symbols)
+        # a symbol for each special token, which no merge uses
+        of_special = [f" {text}" for text in encoder.special_tokens]
         self._classes = character_classes()
-        self._merges = merge_table(symbols, encoder.bpe_ranks)
-        self._symbol_ids = tf.constant([encoder.encoder[symbol] for symbol in symbols], tf.int32)
+        self._merges = merge_table([*symbols, *of_special], encoder.bpe_ranks)
+        special_ids = [token.id for token in encoder.special_tokens.values()]
+        self._symbol_ids = tf.constant([*(encoder.encoder[symbol] for symbol in symbols), *special_ids], tf.int32)
         self._known_ids = tf.constant(ids, tf.int64)
         # An array of objects, because an array of byte strings would drop a NUL at the end.
         self._tokens = tf.constant(np.array([encoder.decode_bytes([token_id]) for token_id in ids], object))
 
-    def encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Turns texts into ids, as ``Encoder.encode`` does, never into special ones.
+    def encode(self, texts: tf.Tensor, *, allowed_special: str | Collection[str] = ()) -> tf.RaggedTensor:
+        """Turns texts into ids, as ``Encoder.encode`` does, by default never into special ones.
 
         Args:
             texts: string (B,), UTF-8; other bytes become U+FFFD, as in ``bytes.decode(errors="replace")``.
+            allowed_special: the special tokens whose names become their ids, or ``"all"``.
 
         Returns:
             int32 (B, T), T ragged.
+
+        Raises:
+            ValueError: when ``allowed_special`` names a token that is not special, or that takes white space beside it.
         """
+        allowed = self._encoder.allowed_special_tokens(allowed_special) if allowed_special else ()
         texts = repair_utf8(texts)
         characters = tf.strings.unicode_decode(texts, "UTF-8")
         rows = rows_of_values(characters)
-        starts = piece_starts(characters.flat_values, rows, self._classes)
         symbols = tf.cast(tf.io.decode_raw(tf.strings.reduce_join(texts), tf.uint8), tf.int32)
         is_first_byte = tf.not_equal(symbols & 0b1100_0000, 0b1000_0000)
-        symbols, pieces = merge(symbols, tf.gather(_number(starts), _number(is_first_byte)), self._merges)
+        places = _number(is_first_byte)  # the character of each byte
+        if allowed:
+            table = SpecialTable.of(self._encoder, allowed, self._n_symbols)
+            special = find_special(characters.flat_values, rows, table)
+            # what is between two special tokens is cut as a text of its own
+            starts = piece_starts(characters.flat_values, special.segments, self._classes)
+            starts = (starts & (special.symbols < 0)) | special.begins
+            symbols = tf.where(tf.gather(special.begins, places), tf.gather(special.symbols, places), symbols)
+            stays = (tf.gather(special.symbols, places) < 0) | (is_first_byte & tf.gather(special.begins, places))
+            symbols, places = tf.boolean_mask(symbols, stays), tf.boolean_mask(places, stays)
+        else:
+            starts = piece_starts(characters.flat_values, rows, self._classes)
+        symbols, pieces = merge(symbols, tf.gather(_number(starts), places), self._merges)
         rows = tf.gather(tf.gather(rows, tf.where(starts)[:, 0]), pieces)
         row_splits = tf.searchsorted(rows, tf.range(tf.size(texts) + 1), out_type=tf.int64)
         return tf.RaggedTensor.from_row_splits(tf.gather(self._symbol_ids, symbols), row_splits, validate=False)

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_gpt2.model.arithmetic import plain, xla
 from tf_gpt2.model.arithmetic.shapes import reshape_target, shape_of
-from tf_gpt2.model.weights import Int8Matrix, LoraMatrix, Matrix, dequantize
+from tf_gpt2.model.weights import Int4Matrix, Int8Matrix, LoraMatrix, Matrix, dequantize, dequantize_4
 from tf_gpt2.runtime.tf_internals import not_inlined, owned_copy, write_in_place
 
 JIT_COMPILE = False
@@ -30,9 +30,11 @@ first_largest = plain.first_largest
 
 
 def prepare(weights: Any) -> Any:
-    """Converts 8-bit matrices to float32 ones, once before a loop instead of at each of its steps."""
+    """Converts 8-bit and 4-bit matrices to float32 ones, once before a loop instead of at each of its steps."""
     if isinstance(weights, Int8Matrix):
         return Matrix(dequantize(weights.value, weights.scale))
+    if isinstance(weights, Int4Matrix):
+        return Matrix(dequantize_4(weights.value, weights.scale))
     if isinstance(weights, LoraMatrix):
         return weights._replace(base=prepare(weights.base))
     if isinstance(weights, dict):
@@ -47,6 +49,8 @@ def product(x: tf.Tensor, w: Matrix) -> tf.Tensor:
     longer than the product.
     """
     rows, value = tf.reshape(x, (-1, x.shape[-1])), tf.cast(w.value, x.dtype)
+    if value.shape[1] > rows.shape[1]:  # the zeros that fill a 4-bit matrix's last group
+        value = value[:, : rows.shape[1]]
     if rows.shape[0] == 1 or value.shape.num_elements() < LARGE:
         y = tf.matmul(rows, value, transpose_b=True)
     else:

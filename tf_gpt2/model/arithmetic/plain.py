@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gpt2.model.arithmetic.shapes import shape_of
-from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, dequantize
+from tf_gpt2.model.weights import AnyMatrix, floats_of
 
 JIT_COMPILE = False
 SORTS = True
@@ -27,9 +27,8 @@ def gather(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 def product(x: tf.Tensor, w: AnyMatrix) -> tf.Tensor:
     """Computes ``x @ w.T``."""
-    matrix = dequantize(w.value, w.scale) if isinstance(w, Int8Matrix) else w.value
     rows = tf.reshape(x, (-1, x.shape[-1]))
-    y = tf.matmul(rows, tf.cast(matrix, x.dtype), transpose_b=True)
+    y = tf.matmul(rows, tf.cast(floats_of(w, x.shape[-1]), x.dtype), transpose_b=True)
     return tf.reshape(y, (*shape_of(x)[:-1], y.shape[-1]))
 
 

@@ -15,16 +15,13 @@ import tensorflow as tf
 
 from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.arithmetic.shapes import reshape_target
-from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, Matrix
+from tf_gpt2.model.weights import LARGEST, AnyMatrix, Int4Matrix, Int8Matrix, Matrix, dequantize_4
 
 JIT_COMPILE = True
 SORTS = False
 
-MOST_ROWS_APART = 8
-"""Up to this many rows, an int8 weight is read once per row instead of being converted to float32 first.
-
-Measured: ``python -m benchmarks.compare``, AMD EPYC (AVX-512) and Intel Sapphire Rapids, 2026-11.
-"""
+COLUMNS = 256
+"""Columns of a row that have one scale when several rows are rounded to 8 bits: each such block is a product."""
 
 prepare, transpose_heads, weighted_sum = plain.prepare, plain.transpose_heads, plain.weighted_sum
 places, write, owned, branch = plain.places, plain.write, plain.owned, plain.branch
@@ -41,7 +38,7 @@ def gather(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 def product(x: tf.Tensor, w: AnyMatrix) -> tf.Tensor:
     """Computes ``x @ w.T`` in the way that is fastest for the type of weight and the number of rows."""
     rows = tf.reshape(x, (-1, x.shape[-1]))
-    y = int8_product(rows, w) if isinstance(w, Int8Matrix) else float_product(rows, w)
+    y = PRODUCTS[type(w)](rows, w)
     return tf.reshape(y, (*reshape_target(x)[:-1], y.shape[-1]))
 
 
@@ -51,21 +48,41 @@ def float_product(rows: tf.Tensor, w: Matrix) -> tf.Tensor:
         return one_row_product(rows, tf.convert_to_tensor(w.value))
     if w.transposed is not None:
         return tf.cast(tf.matmul(tf.cast(rows, tf.float32), w.transposed), rows.dtype)
-    return tf.matmul(rows, tf.cast(w.value, rows.dtype), transpose_b=True)
+    # XLA has fast products of bfloat16 numbers only if they are summed in float32
+    y = tf.matmul(rows, tf.cast(w.value, rows.dtype), transpose_b=True, output_type=tf.float32)
+    return tf.cast(y, rows.dtype)
 
 
 def int8_product(rows: tf.Tensor, w: Int8Matrix) -> tf.Tensor:
-    """Multiplies floats (R, n_in) by an 8-bit matrix, then by its scales."""
+    """Multiplies floats (R, n_in) by an 8-bit matrix, then by its scales.
+
+    Several rows are rounded to 8 bits, too: XLA has fast products of 8-bit integers, summed in 32 bits.
+    """
     value = tf.convert_to_tensor(w.value)
     if rows.shape[0] == 1:
-        y = one_row_product(rows, value)
-    elif rows.shape[0] in range(2, MOST_ROWS_APART + 1):
-        # map_fn, because XLA would compile one kernel per unrolled product
-        y = tf.map_fn(lambda row: one_row_product(row[None], value)[0], rows)
-        y = tf.ensure_shape(y, (rows.shape[0], value.shape[0]))
-    else:
-        y = tf.matmul(rows, tf.cast(cast_late(value, rows), rows.dtype), transpose_b=True)
-    return y * tf.cast(w.scale, rows.dtype)
+        return one_row_product(rows, value) * tf.cast(w.scale, rows.dtype)
+    y = tf.zeros((), tf.float32)
+    for first in range(0, value.shape[1], COLUMNS):
+        numbers, scale = round_rows(rows[:, first : first + COLUMNS])
+        part = tf.matmul(numbers, value[:, first : first + COLUMNS], transpose_b=True, output_type=tf.int32)
+        y += tf.cast(part, tf.float32) * scale
+    return tf.cast(y * w.scale, rows.dtype)
+
+
+def round_rows(rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Rounds each row to 8 bits: floats (R, n) -> int8 (R, n), and its scale, float32 (R, 1)."""
+    rows = tf.cast(rows, tf.float32)
+    largest = tf.reduce_max(tf.abs(rows), axis=1, keepdims=True)
+    scale = tf.where(largest > 0, largest, 1.0) / LARGEST  # a row with NaN gets NaN, and so does its product
+    scale = tf.where(tf.math.is_finite(tf.reduce_sum(rows, axis=1, keepdims=True)), scale, math.nan)
+    return tf.cast(tf.round(rows / scale), tf.int8), scale
+
+
+def int4_product(rows: tf.Tensor, w: Int4Matrix) -> tf.Tensor:
+    """Multiplies floats (R, n_in) by a 4-bit matrix, which is converted to float32 when its turn comes."""
+    value = cast_late(tf.convert_to_tensor(w.value), rows)
+    matrix = dequantize_4(value, w.scale)[:, : rows.shape[1]]
+    return tf.cast(tf.matmul(tf.cast(rows, tf.float32), matrix, transpose_b=True), rows.dtype)
 
 
 def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
@@ -80,16 +97,25 @@ def one_row_product(row: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
     return tf.cast(y, row.dtype)
 
 
+PRODUCTS: dict[type, Callable[[tf.Tensor, Any], tf.Tensor]] = {
+    Matrix: float_product,
+    Int8Matrix: int8_product,
+    Int4Matrix: int4_product,
+}
+
+
 def cast_late(w: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """Casts a weight to float32 so late that XLA does it only while it multiplies ``x`` by the weight.
+    """Casts a weight to float32 so late that XLA does it only while it multiplies ``x`` by the weight; 4 bits stay.
 
     XLA moves a cast that depends on the weight alone before the loop, or casts all layers' weights at once: both make
     a float copy of all weights. So this cast depends on ``x``, too: the bits are xored with a zero that XLA cannot
     prove to be zero. With one row XLA fuses the cast into the product; with several, one matrix at a time is float.
 
-    Test: ``tests/generation/test_loop.py``, the compiled loop copies neither cache nor weights.
+    Test: ``tests/generation/test_cache.py``, the compiled loop copies neither cache nor weights.
     """
     zero = tf.minimum(tf.abs(tf.reshape(x, [-1])[0]), 0.0)
+    if w.dtype == tf.uint8:  # 4-bit numbers, which `dequantize_4` casts
+        return tf.bitwise.bitwise_xor(w, tf.cast(zero, tf.uint8))
     if w.dtype == tf.int8:
         return tf.cast(tf.bitwise.bitwise_xor(w, tf.cast(zero, tf.int8)), tf.float32)
     bits = tf.bitwise.bitwise_xor(tf.bitcast(w, tf.uint16), tf.cast(zero, tf.uint16))

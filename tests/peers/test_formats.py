@@ -1,0 +1,212 @@
+"""Our folders in transformers and llama.cpp, theirs in ours: equal logits, ids and text, both ways."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_huggingface import PEERS_DIR, PYTHON, lively_params, pytestmark  # noqa: F401
+
+import tf_gpt2
+from tf_gpt2 import Encoder, GPT2Config, GPT2Model, generate
+from tf_gpt2.checkpoint.download import embedded_dir
+
+KERAS_HUB = Path(PEERS_DIR, "keras_hub", "bin", "python")
+LLAMA_CPP = Path(PEERS_DIR, "llama_cpp", "bin", "python")
+with_llama_cpp = pytest.mark.skipif(
+    not LLAMA_CPP.exists(), reason="no llama_cpp/bin/python; 'python -m benchmarks.environments llama_cpp' builds it"
+)
+
+SMALL = {"vocab_size": 1024, "n_positions": 64, "n_embd": 32, "n_head": 4, "n_layer": 3}
+IDS = np.random.default_rng(1).integers(1024, size=(2, 17)).tolist()
+VARIATIONS = {
+    "openai's": {},
+    "inner width": {"n_inner": 50},
+    "exact gelu": {"activation_function": "gelu"},
+    "tanh gelu": {"activation_function": "gelu_pytorch_tanh"},
+    "fast gelu": {"activation_function": "gelu_fast"},
+    "relu": {"activation_function": "relu"},
+    "silu": {"activation_function": "silu"},
+    "tanh": {"activation_function": "tanh"},
+    "epsilon": {"layer_norm_epsilon": 0.01},
+    "no scale": {"scale_attn_weights": False},
+    "scale by layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "own head": {"tie_word_embeddings": False},
+    "all": {
+        "n_inner": 50,
+        "activation_function": "gelu",
+        "layer_norm_epsilon": 1e-6,
+        "scale_attn_by_inverse_layer_idx": True,
+        "tie_word_embeddings": False,
+    },
+}
+TEXTS = ["To be, or not to be", " \n 12 apples's é 🙂", "<|endoftext|> after", ""]
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """Gives ``ask(task, **job)``."""
+    command = [str(PYTHON.absolute()), str(Path(__file__).parent / "formats_huggingface.py")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
+        )
+        stack.callback(process.stdin.close)
+
+        def ask(task, **job):
+            process.stdin.write(json.dumps({"task": task, **job}) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+
+
+def assert_close(ours, theirs):
+    theirs = np.array(theirs)
+    assert np.abs(np.asarray(ours) - theirs).max() < 2e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_logits_are_equal_both_ways(peer, tmp_path, name):
+    folder = str(tmp_path / "theirs")
+    theirs = peer("write", folder=folder, config={**SMALL, **VARIATIONS[name]}, seed=3, ids=IDS)
+    model = GPT2Model.from_checkpoint(folder)
+    assert_close(model(np.array(IDS)), theirs)
+    again = tf_gpt2.save(model, None, tmp_path / "ours", format="huggingface")
+    assert peer("read", folder=str(again), ids=IDS) == peer("read", folder=folder, ids=IDS)
+
+
+@pytest.mark.parametrize(
+    "options", [{"base": True}, {"max_shard_size": "100KB"}, {"dtype": "float16"}, {"dtype": "bfloat16"}], ids=str
+)
+def test_each_form_of_a_folder_is_read(peer, tmp_path, options):
+    theirs = peer("write", folder=str(tmp_path), config=SMALL, seed=4, ids=IDS, **options)
+    assert len(list(tmp_path.glob("*.safetensors"))) == (1 if "max_shard_size" not in options else 3)
+    assert_close(GPT2Model.from_checkpoint(tmp_path)(np.array(IDS)), theirs)
+
+
+@pytest.mark.skipif(not KERAS_HUB.exists(), reason="no keras_hub/bin/python; benchmarks.environments builds it")
+def test_the_document_says_what_keras_hub_does(peer, tmp_path):
+    """The column "KerasHub" of the table of keys in docs/formats.md."""
+    keys = {name: keys for name, keys in VARIATIONS.items() if name not in ("openai's", "all")}
+    folders = {name: str(tmp_path / name) for name in VARIATIONS}
+    theirs = {
+        name: peer("write", folder=folder, config={**SMALL, **VARIATIONS[name]}, seed=3, ids=IDS)
+        for name, folder in folders.items()
+    }
+    command = [str(KERAS_HUB.absolute()), str(Path(__file__).parent / "formats_keras_hub.py")]
+    output = subprocess.run(
+        [*command, json.dumps({"folders": folders, "ids": IDS})], capture_output=True, text=True, check=True
+    ).stdout
+    answers = json.loads(output.splitlines()[-1])
+
+    def verdict(name):
+        if isinstance(answers[name], str):
+            return "an error"
+        wanted = np.array(theirs[name])
+        return (
+            "equal" if np.abs(np.array(answers[name]) - wanted).max() < 1e-3 * np.abs(wanted).max() else "wrong logits"
+        )
+
+    found = {name: verdict(name) for name in keys}
+    assert verdict("openai's") == "equal"
+    document = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(.*?)` \|.*\| ([a-z ]+) \|$", document, re.M))
+    for name, changed in keys.items():
+        key, value = next(iter(changed.items()))
+        assert rows[f"{key}: {json.dumps(value)}"] == found[name], f"{name}: {found[name]}, {answers[name][:300]}"
+
+
+def random_texts(tokens, n):
+    rng = random.Random(7)
+    parts = [*tokens, " ", "  ", "\n", "To be", "é", "🙂", "<|", "12", "'s", "[PA", "word", "\u017f", "\x1c", "\u3000"]
+    return ["".join(rng.choices(parts, k=rng.randrange(12))) for _ in range(n)]
+
+
+def test_tokenizers_are_equal_on_random_texts(peer, tmp_path):
+    model, encoder = tf_gpt2.load("tiny")
+    first = tf_gpt2.save(model, encoder, tmp_path / "first", format="huggingface")
+    assert peer("add_tokens", folder=str(first), to=str(tmp_path / "more")) == len(encoder) + 5
+    for folder in (first, tmp_path / "more"):
+        if folder != first:
+            for name in ("config.json", "model.safetensors"):
+                (folder / name).symlink_to(first / name)
+        encoder = tf_gpt2.checkpoint.load.ENCODERS["huggingface"](folder)
+        texts = random_texts(encoder.special_tokens, 400)
+        found = peer("tokenize", folder=str(folder), texts=texts)
+        assert encoder.encode_batch(texts, allowed_special="all") == found["ids"]
+        assert [encoder.decode(row) for row in found["ids"]] == found["texts"]
+        assert encoder.end_of_text == found["end"] == 1023
+        plain = [text for text in texts if not any(token in text for token in encoder.special_tokens)]
+        assert encoder.encode_batch(plain) == peer("tokenize", folder=str(folder), texts=plain)["ids"]
+
+
+@pytest.fixture(scope="module")
+def gguf_files(tmp_path_factory):
+    config = GPT2Config(n_vocab=1030, n_ctx=64, n_embd=64, n_head=4, n_layer=2)
+    model, folder = GPT2Model(config), tmp_path_factory.mktemp("gguf")
+    model.set_weights(lively_params(config))
+    special = {"<|endoftext|>": 1023, "[PAD]": 1024}
+    plain = Encoder.from_files(embedded_dir())
+    encoder = Encoder(plain.encoder, plain.bpe_ranks, special_tokens=special)
+    files = {
+        dtype: tf_gpt2.save(model, encoder, folder / f"{dtype}.gguf", format="gguf", dtype=dtype)
+        for dtype in ("float32", "float16", "q8_0")
+    }
+    return model, encoder, files
+
+
+def run_llama_cpp(**job):
+    command = [str(LLAMA_CPP.absolute()), str(Path(__file__).parent / "formats_llama_cpp.py"), json.dumps(job)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+
+
+@with_llama_cpp
+def test_llama_cpp_chooses_our_ids(gguf_files):
+    model, encoder, files = gguf_files
+    prompts = np.random.default_rng(2).integers(1000, size=(3, 5)).tolist()
+    found = run_llama_cpp(file=str(files["float32"]), prompts=prompts, max_new_tokens=20, texts=TEXTS[:3])
+    assert found["ids"] == generate(model, prompts, max_new_tokens=20).ids
+    assert min(len(set(row)) for row in found["ids"]) > 3  # else there was little to agree on
+    assert found["tokens"] == encoder.encode_batch(TEXTS[:3], allowed_special="all")
+    for dtype in ("float16", "q8_0"):  # of rounded weights, those that we read from the file
+        rounded, _ = tf_gpt2.load(files[dtype])
+        found = run_llama_cpp(file=str(files[dtype]), prompts=prompts[:1], max_new_tokens=3, texts=[])
+        assert found["ids"][0][0] == generate(rounded, prompts[:1], max_new_tokens=1).ids[0][0]
+
+
+@with_llama_cpp
+def test_llama_cpps_server_answers(gguf_files, tmp_path):
+    """Asks ``/v1/completions``, where the extra ``server`` is installed."""
+    _, _, files = gguf_files
+    has_server = subprocess.run([str(LLAMA_CPP), "-c", "import llama_cpp.server.app"], capture_output=True)
+    if has_server.returncode:
+        pytest.skip("no llama-cpp-python[server] there")
+    port = "18437"
+    command = [str(LLAMA_CPP), "-m", "llama_cpp.server", "--model", str(files["float32"]), "--port", port]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    body = json.dumps({"prompt": "To be", "max_tokens": 4, "temperature": 0}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    try:
+        answer = None
+        for _ in range(60):
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    answer = json.load(response)
+                break
+            time.sleep(1)
+        assert answer is not None
+        assert answer["usage"]["completion_tokens"] == 4
+    finally:
+        server.terminate()
+        server.wait()
