@@ -103,6 +103,7 @@ def measure(size: str, folder: Path, arguments: argparse.Namespace, found: dict[
     show(size, "loop", found)
     for name in arguments.engines:
         found[name] = rate_of_job(*engines()[name], model, folder / f"{size}.jsonl", arguments)
+        found[name]["ratio"] = found[name]["records_per_s"] / found["loop"]["records_per_s"]
         show(size, name, found)
 
 
@@ -179,8 +180,7 @@ def rate_of_job(
 
 
 def show(size: str, name: str, found: dict[str, Any]) -> None:
-    rate, start_s = found[name]["records_per_s"], found[name]["start_s"]
-    ratio = rate / found["loop"]["records_per_s"]
+    rate, start_s, ratio = found[name]["records_per_s"], found[name]["start_s"], found[name].get("ratio", 1.0)
     goal = f" (goal {GOALS[name]}, {'reached' if ratio >= GOALS[name] else 'missed'})" if name in GOALS else ""
     print(f"{size:5} {name:28} {rate:8.1f} records/s, {ratio:.2f} x{goal}; start {start_s:.1f} s", flush=True)
 
