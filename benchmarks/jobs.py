@@ -71,12 +71,10 @@ def main() -> None:
     if arguments.output.exists():
         stored = json.loads(arguments.output.read_text(encoding="utf-8"))
         result["sizes"] = stored["sizes"] if stored["settings"]["n_tokens"] == arguments.n_tokens else {}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for size in arguments.sizes:
-                measure(size, Path(folder), arguments, result["sizes"].setdefault(size, {}))
-    finally:  # an engine that fails costs no measurement
-        store(result, arguments.output)
+    with tempfile.TemporaryDirectory() as folder:
+        for size in arguments.sizes:
+            for _ in measure(size, Path(folder), arguments, result["sizes"].setdefault(size, {})):
+                store(result, arguments.output)  # each time: an engine that fails costs no other's measurement
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,8 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(size: str, folder: Path, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Measures the loop and each engine with one model."""
+def measure(size: str, folder: Path, arguments: argparse.Namespace, found: dict[str, Any]) -> Iterator[str]:
+    """Measures the loop and each engine with one model; yields the name of what was added to ``found``."""
     model, prompts = model_folder(size, folder), make_prompts(N_PROMPTS[size])
     lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate([*prompts, *prompts])]
     (folder / f"{size}.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -105,6 +103,7 @@ def measure(size: str, folder: Path, arguments: argparse.Namespace, found: dict[
         found[name] = rate_of_job(*engines()[name], model, folder / f"{size}.jsonl", arguments)
         found[name]["ratio"] = found[name]["records_per_s"] / found["loop"]["records_per_s"]
         show(size, name, found)
+        yield name
 
 
 def model_folder(size: str, folder: Path) -> Path:
