@@ -417,8 +417,9 @@ def job_cells(of: dict[str, Any], engine: str) -> str:
     if engine not in of:
         return "not measured | | "
     rate = of[engine]["records_per_s"]
-    start = "" if engine == "loop" else f"{of[engine]['start_s']:.1f}"
-    return f"{rate:.1f} | {rate / of['loop']['records_per_s']:.2f} | {start}"
+    if engine == "loop":
+        return f"{rate:.1f} | 1.00 | "
+    return f"{rate:.1f} | {of[engine]['ratio']:.2f} | {of[engine]['start_s']:.1f}"
 
 
 def jobs_arithmetic() -> str:

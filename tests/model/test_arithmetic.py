@@ -238,7 +238,8 @@ def test_the_formulas_give_the_reference_s_logits(quantization, ops, odd_config,
     found = run(ops, read_then_feed, tf.constant(ids, tf.int32))
     for row, one in zip(ids, found, strict=True):
         wanted = reference.forward(model.get_params(), row, n_head=odd_config.n_head)
-        bound = 0.05 if rounds_rows(ops, quantization, 2) else 2e-5
+        is_rounded = quantization and ops.JIT_COMPILE  # with int4 the embedding has 8 bits
+        bound = 0.05 if is_rounded else 2e-5
         np.testing.assert_allclose(one, wanted, atol=bound * np.abs(wanted).max())
-    if not rounds_rows(ops, quantization, 2):
+    if not is_rounded:
         np.testing.assert_allclose(found, model(ids), atol=1e-3)

@@ -97,10 +97,7 @@ def recognize(path: str | Path) -> tuple[str, Path]:
     if is_folder(path):
         found = [name for name, one in FORMATS.items() if one.is_here(path)] or ["openai"]
         if len(found) > 1:
-            choices = ", ".join(str(path / FORMATS[name].file) for name in found)
-            logger.warning(
-                "%s holds a model as %s; takes %s; to choose, name a file: %s", path, found, found[0], choices
-            )
+            tell_of_several(path, tuple(found))
         return found[0], path
     name = next((name for ending, name in OF_FILES.items() if f"/{path.name}".endswith(ending)), None)
     if name is None or not is_file(path):

@@ -24,6 +24,11 @@ class RefusingEncoder(Encoder):
         self.encoder, self.decoder = {}, {}
         self.reason = reason
 
+    @property
+    def end_of_text(self) -> NoReturn:
+        """Raises CheckpointError."""
+        raise CheckpointError(self.reason)
+
     def encode(self, text: str, *, allowed_special: str | Collection[str] = ()) -> NoReturn:
         """Raises CheckpointError."""
         raise CheckpointError(self.reason)
