@@ -38,9 +38,9 @@ def test_the_model_is_as_before_until_it_is_trained():
     assert model.lora.places == ("attn.c_attn",)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4", "bfloat16"])
 def test_only_the_additions_train(dtype):
-    options = {"quantization": "int8"} if dtype == "int8" else {"dtype": dtype}
+    options = {"quantization": dtype} if dtype.startswith("int") else {"dtype": dtype}
     model = make_model(ALL, **options)
     trained = {id(variable) for variable in model.trainable_variables}
     before = [np.asarray(variable.value).copy() for variable in model.variables]

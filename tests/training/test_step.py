@@ -64,6 +64,22 @@ def test_gradients_are_those_of_the_plain_model(n_batches, remat):
     assert_near(gradients, wanted, 1e-5)
 
 
+def test_gradients_of_other_architectures():
+    """An activation, a width, scales, an epsilon and a head of its own."""
+    others = {"activation": "silu", "n_inner": 20, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": False}
+    config = GPT2Config(
+        n_vocab=61, n_ctx=12, n_embd=12, n_head=3, n_layer=2, scale_attn_by_inverse_layer_idx=True, **others
+    )
+    model = GPT2Model(config)
+    for variable in model.trainable_variables:
+        variable.assign(RNG.standard_normal(variable.shape) * 0.3 + (variable.name == "g"))
+    parts = IDS[:1], LABELS[:1], WEIGHTS[:1]
+    loss, gradients = TrainingStep(model, StepOptions(schedule=SCHEDULE)).gradients(batch_of(*parts), 0)
+    wanted_loss, wanted = plain_gradients(model, *parts)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert_near(gradients, wanted, 2e-5)
+
+
 def test_the_loss_is_that_of_the_reference():
     model = make_model()
     found = TrainingStep(model, StepOptions(schedule=SCHEDULE)).loss_sums(batch_of(IDS[1:], np.abs(LABELS[1:]) % 61))

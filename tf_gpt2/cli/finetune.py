@@ -58,9 +58,9 @@ def add_finetune(commands: Commands) -> argparse.ArgumentParser:
     command.add_argument("--dropout", type=float, default=0.1, metavar="P", help="rate")
     command.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "int8"),
+        choices=("float32", "bfloat16", "int8", "int4"),
         default="float32",
-        help="bfloat16 is mixed precision, int8 needs --lora_rank",
+        help="bfloat16 is mixed precision, int8 and int4 need --lora_rank",
     )
     command.add_argument("--remat", action="store_true", help="less memory, more time: compute each block twice")
     command.add_argument(

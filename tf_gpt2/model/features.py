@@ -23,7 +23,7 @@ class Embedding(keras.layers.Layer):
         n_vocab: V.
         n_ctx: longest sequence.
         n_embd: C.
-        quantization: as for ``GPT2Model``.
+        quantization: ``"int8"`` keeps the token embedding as 8-bit integers.
 
     Call arguments:
         ids: integers (B, T) -> (B, T, C) in the compute dtype.
@@ -37,7 +37,8 @@ class Embedding(keras.layers.Layer):
     def of(cls, model: GPT2Model) -> Embedding:
         """Makes the layer with a model's own variables, not copies."""
         sizes = (model.config.n_vocab, model.config.n_ctx, model.config.n_embd)
-        layer = cls(*sizes, model.quantization, dtype=model.dtype_policy, name="embd")
+        quantization = None if model.wte_scale is None else "int8"  # the tables of a 4-bit model, too
+        layer = cls(*sizes, quantization, dtype=model.dtype_policy, name="embd")
         layer.wte, layer.wte_scale, layer.wpe = model.wte, model.wte_scale, model.wpe
         layer.built = True
         return layer
@@ -52,7 +53,7 @@ class Embedding(keras.layers.Layer):
 
     def call(self, ids: tf.Tensor) -> tf.Tensor:
         """Looks up rows of both tables."""
-        weights = {"wte": MatrixLeaf(self.wte, scale=self.wte_scale).weight(), "wpe": self.wpe.value}
+        weights = {"wte": MatrixLeaf(self.wte, n_in=self.n_embd, scale=self.wte_scale).base(), "wpe": self.wpe.value}
         positions = tf.range(shape_of(ids)[1])[None]  # (1, T)
         return formulas.embed(tf.cast(ids, tf.int32), positions, weights, dtype=self.compute_dtype, ops=plain)
 
@@ -86,6 +87,7 @@ class AttentionWeights(keras.layers.Layer):
         attn, n_positions = self.block.attn, shape_of(x)[1]
         qkv = attn.c_attn(self.block.ln_1(x))  # (B, T, 3C)
         q, k, _ = (formulas.split_heads(part, attn.n_head, plain) for part in tf.split(qkv, 3, axis=-1))  # (N, T, D)
+        q = q / tf.cast(attn.score_divisor, q.dtype)
         weights = plain.attention_weights(q, k, formulas.causal_mask(n_positions))  # (N, T, S)
         return tf.reshape(weights, (-1, attn.n_head, n_positions, n_positions))
 

@@ -71,11 +71,6 @@ def floats_of(w: AnyMatrix, n_in: int) -> Any:
     return dequantize_4(w.value, w.scale)[:, :n_in] if isinstance(w, Int4Matrix) else w.value
 
 
-def floats_of(w: AnyMatrix, n_in: int) -> Any:
-    """Returns the floats of a matrix, (n_out, n_in): those of a float matrix as they are, of others float32."""
-    return dequantize(w.value, w.scale) if isinstance(w, Int8Matrix) else w.value
-
-
 class LoraMatrix(NamedTuple):
     """A matrix of any type with a low-rank addition: it computes ``base + scale * b @ a``, and never holds the sum.
 

@@ -52,15 +52,15 @@ def hidden_states(
     for i, w in enumerate(weights["blocks"]):
         run = functools.partial(run_block, number=i + 1, config=config, rate=rate)
         x = recomputed(run, x, w, row_keys) if remat else run(x, w, row_keys)
-    return formulas.norm(x, weights["ln_f"], ops=ops)
+    return formulas.norm(x, weights["ln_f"], ops=ops, epsilon=config.layer_norm_epsilon)
 
 
 def run_block(
     x: tf.Tensor, w: Weights, row_keys: tf.Tensor | None, *, number: int, config: GPT2Config, rate: float
 ) -> tf.Tensor:
     """Runs one block with dropout: (B, T, C) -> (B, T, C)."""
-    drop = dropout_at(number, rate, row_keys)
-    return formulas.block(x, w, None, n_head=config.n_head, ops=ops, drop=drop)[0]
+    drop, divisor = dropout_at(number, rate, row_keys), formulas.divisor_of(number - 1, config)
+    return formulas.block(x, w, None, divisor, config=config, ops=ops, drop=drop)[0]
 
 
 def recomputed(run: Any, x: tf.Tensor, w: Weights, row_keys: tf.Tensor | None) -> tf.Tensor:

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,13 +15,20 @@ import tensorflow as tf
 
 from tf_gpt2.checkpoint.load import read_encoder_and_config
 from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
+from tf_gpt2.checkpoint.vocabulary import check_openai, write_openai
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.training.data import Ids, held_out_windows, read_ids, shuffled_windows, windows_per_epoch
 from tf_gpt2.training.fit import CHECKPOINTS, finetune, is_chief, remove_checkpoints
 from tf_gpt2.training.lora import save_lora
 
-DTYPES = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "mixed_bfloat16"}, "int8": {"quantization": "int8"}}
+DTYPES = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "mixed_bfloat16"},
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+}
 """What each name means for a ``GPT2Model`` that is trained."""
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 1 << 16
@@ -55,7 +61,7 @@ class Recipe:
         weight_decay: of matrices.
         accumulate: batches per update.
         dropout: rate.
-        dtype: ``"float32"``, ``"bfloat16"`` for mixed precision, ``"int8"`` for LoRA over 8-bit weights.
+        dtype: ``"float32"``, ``"bfloat16"`` for mixed precision, ``"int8"`` and ``"int4"`` for LoRA over such weights.
         remat: compute each block again for its gradients, to keep less memory.
         lora_rank: of LoRA; ``None`` trains all weights.
         lora_alpha: its scale times the rank.
@@ -114,6 +120,7 @@ def finetune_text(
     check_recipe(recipe)
     check_out(out)
     encoder, config = read_encoder_and_config(folder)
+    check_openai(encoder)  # before the hours of training: the result is written with this vocabulary
     training, held_out = read_parts(recipe, encoder)
     length = config.n_ctx if recipe.length is None else recipe.length
     if not 1 <= length <= config.n_ctx:
@@ -143,7 +150,7 @@ def finetune_text(
             progress=progress,
         )
         if is_chief():
-            write_result(model, folder, out)
+            write_result(model, encoder, folder.name, out)
             remove_checkpoints(out)
     return dict(history.history)
 
@@ -152,8 +159,10 @@ def check_recipe(recipe: Recipe) -> None:
     """Raises ValueError for options that do not go together."""
     if recipe.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {recipe.dtype!r}")
-    if recipe.dtype == "int8" and recipe.lora_rank is None:
-        raise ValueError("dtype='int8' needs lora_rank: integers cannot be trained, what LoRA adds to them can")
+    if "quantization" in DTYPES[recipe.dtype] and recipe.lora_rank is None:
+        raise ValueError(
+            f"dtype={recipe.dtype!r} needs lora_rank: integers cannot be trained, what LoRA adds to them can"
+        )
     if recipe.steps is not None and recipe.epochs is not None:
         raise ValueError(
             f"steps={recipe.steps} and epochs={recipe.epochs} both say how long to train; give one of them"
@@ -205,13 +214,12 @@ def weights_fingerprint(model: GPT2Model) -> str:
     return digest.hexdigest()
 
 
-def write_result(model: GPT2Model, folder: Path, out: Path) -> None:
+def write_result(model: GPT2Model, encoder: Encoder, base: str, out: Path) -> None:
     """Writes the seven files, the vocabulary's first: the folder is a model only when it is complete."""
     out.mkdir(parents=True, exist_ok=True)
     if model.lora is not None:
-        save_lora(model, out / "adapter", base=folder.name)
-    for name in ("encoder.json", "vocab.bpe"):
-        shutil.copyfile(folder / name, out / name)
+        save_lora(model, out / "adapter", base=base)
+    write_openai(encoder, out)
     save_gpt2_params_to_tf_ckpt(model.get_params(), model.config.to_hparams(), out)
 
 

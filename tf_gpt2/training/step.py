@@ -208,7 +208,7 @@ class TrainingStep:
         rows = tf.reshape(x, (-1, x.shape[-1]))  # (B*T, C)
         return head_loss(
             rows,
-            floats_of(weights["wte"], x.shape[-1]),
+            floats_of(formulas.head_of(weights), x.shape[-1]),
             tf.reshape(batch.labels, [-1]),
             tf.reshape(batch.weights, [-1]),
         )
