@@ -50,7 +50,7 @@ def test_user_text_never_makes_one(encoder, plain):
         assert encoder.decode(encoder.encode(text)) == text
 
 
-@pytest.mark.parametrize("allowed", ["all", {"[PAD]", "<|"}, ["<|endoftext|>"], ()], ids=str)
+@pytest.mark.parametrize("allowed", ["all", {"[PAD]", "<|"}, ["<|endoftext|>"], ()], ids=["all", "a set", "a list", "none"])
 def test_the_first_and_longest_counts(encoder, allowed):
     names = list(TOKENS) if allowed == "all" else list(allowed)
     for text in random_texts(300):
@@ -59,7 +59,7 @@ def test_the_first_and_longest_counts(encoder, allowed):
         assert encoder.decode(ids) == text
 
 
-@pytest.mark.parametrize("allowed", ["all", {"[PAD]", "<|"}, ()], ids=str)
+@pytest.mark.parametrize("allowed", ["all", {"[PAD]", "<|"}, ()], ids=["all", "a set", "none"])
 def test_the_graph_finds_the_same(encoder, allowed):
     in_graph, texts = InGraphEncoder(encoder), random_texts(300)
     encode = tf.function(lambda texts: in_graph.encode(texts, allowed_special=allowed))
