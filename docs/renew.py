@@ -409,8 +409,8 @@ def jobs_arithmetic() -> str:
         cells = [f"{hours[n]:.1f} h, {hours[n] * n:.0f} machine-hours" for n in hours]
         rows.append(f"| {name} | {rate:.1f} | {3600 * part_h:.0f} s | {' | '.join(cells)} |")
     note = (
-        f"\nFor {n_tokens} new tokens each, on machines like the measured one, of {result['machine']['n_cores']} cores: "
-        f"ten million records at one machine's rate, divided by the machines, and the last part of 1024 records. "
+        f"\nFor {n_tokens} new tokens each, on machines like this, of {result['machine']['n_cores']} cores: ten "
+        f"million records at one machine's rate, divided by the machines, and the last part of 1024 records. "
         f"Computed, not run; the price of a machine-hour times the last figures is the cost."
     )
     head = ["| model and rate | records/s | a part | 10 machines | 100 machines |", "|---|---|---|---|---|"]
