@@ -424,23 +424,27 @@ def job_cells(of: dict[str, Any], engine: str) -> str:
 
 def jobs_arithmetic() -> str:
     """Returns what ten million prompts take, computed from the measured rates."""
-    result = load("jobs")
-    n_prompts, rows = 10_000_000, []
+    result, compared = load("jobs"), load("compare")
+    n_tokens, n_prompts = result["settings"]["n_tokens"], 10_000_000
+    rates = {}
     for size, of in result["sizes"].items():
-        if "spark" not in of:
-            continue
-        rate = of["spark"]["records_per_s"]
-        start_h, part_h = of["spark"]["start_s"] / 3600, 1024 / rate / 3600
-        hours = {n: n_prompts / rate / n / 3600 + start_h + part_h for n in (10, 100)}
+        engine = "spark" if "spark" in of else "here"
+        rates[f"{size}, {JOB_ENGINES[engine]}"] = of[engine]["records_per_s"]
+    if "124M" not in result["sizes"]:
+        rate = compared["summary"]["tokens_per_s"]["batch"][REFERENCE] / n_tokens
+        rates["124M, the batch of 8 in [performance.md](performance.md)"] = rate
+    rows = []
+    for name, rate in rates.items():
+        part_h = 1024 / rate / 3600
+        hours = {n: n_prompts / rate / n / 3600 + part_h for n in (10, 100)}
         cells = [f"{hours[n]:.1f} h, {hours[n] * n:.0f} machine-hours" for n in hours]
-        rows.append(f"| {size} | {rate:.1f} | {3600 * part_h:.0f} s | {' | '.join(cells)} |")
+        rows.append(f"| {name} | {rate:.1f} | {3600 * part_h:.0f} s | {' | '.join(cells)} |")
     note = (
-        f"\nFor {result['settings']['n_tokens']} new tokens each, on machines like the measured one, of "
-        f"{result['machine']['n_cores']} cores: ten million records at Spark's rate per machine, divided by the "
-        f"machines, and once the start and the last part of 1024 records. Computed, not "
-        f"run; at the price of a machine-hour, the last figures are the cost."
+        f"\nFor {n_tokens} new tokens each, on machines like this, of {result['machine']['n_cores']} cores: ten "
+        f"million records at one machine's rate, divided by the machines, and the last part of 1024 records. "
+        f"Computed, not run; the price of a machine-hour times the last figures is the cost."
     )
-    head = ["| model | records/s of a machine | a part | 10 machines | 100 machines |", "|---|---|---|---|---|"]
+    head = ["| model and rate | records/s | a part | 10 machines | 100 machines |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows, note])
 
 

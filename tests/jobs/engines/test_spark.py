@@ -129,9 +129,9 @@ def session(cluster, monkeypatch):
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Texts of one to ten words, up to 60 characters."""
+    """Texts of one to ten words, up to 30 characters."""
     words = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split()
-    return [" ".join(words[i % 500 : i % 500 + 1 + i % 10])[:60] for i in range(N_RECORDS)]
+    return [" ".join(words[i % 500 : i % 500 + 1 + i % 10])[:30] for i in range(N_RECORDS)]
 
 
 def test_a_data_frame_is_answered_as_by_a_direct_call(session, generator, prompts):
