@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
-from tf_gpt2.model.weights import ROWS_AT_ONCE, AnyMatrix, Int8Matrix, Matrix, dequantize, quantize
+from tf_gpt2.model.weights import AnyMatrix, Int8Matrix, Matrix, dequantize, quantize
 
 _draws = contextvars.ContextVar("draws", default=True)
 
@@ -59,12 +59,6 @@ def add_matrix(
     return matrix, scale
 
 
-def parts_of_rows(n_rows: int) -> Iterator[slice]:
-    """Yields slices of rows, so many that copies of them are small beside a large matrix."""
-    for start in range(0, n_rows, ROWS_AT_ONCE):
-        yield slice(start, start + ROWS_AT_ONCE)
-
-
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One variable's place in the tree.
@@ -94,12 +88,13 @@ class Leaf:
         return np.asarray(self.variable.value).copy()
 
     def write(self, array: Any) -> None:
-        """Assigns an array, or a tensor, which is not copied; of other values that have rows, some rows at a time."""
-        if isinstance(array, np.ndarray | tf.Tensor):
-            self.variable.assign(array)
-            return
-        for rows in parts_of_rows(array.shape[0]):
-            self.variable.value[rows].assign(tf.cast(array[rows], self.variable.dtype))
+        """Assigns an array, a tensor, which is not copied, or a ``StoredTensor``, which is read now.
+
+        All at once: an assignment to some rows would make TensorFlow copy the variable at each later read.
+        """
+        if not isinstance(array, np.ndarray | tf.Tensor):
+            array = tf.cast(array[:], self.variable.dtype)
+        self.variable.assign(array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,16 +132,12 @@ class MatrixLeaf(Leaf):
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
     def write(self, array: Any) -> None:
-        """Assigns an array in the tree's orientation; rounds it where the matrix is an 8-bit one."""
-        if self.transposed:
-            array = tf.transpose(array[:])
-        if self.scale is None:
-            super().write(array)
-            return
-        for rows in parts_of_rows(array.shape[0]):
-            value, scale = quantize(array[rows])
-            self.variable.value[rows].assign(value)
-            self.scale.value[rows].assign(scale)
+        """Assigns an array in the tree's orientation; rounds it, in parts, where the matrix is an 8-bit one."""
+        value = tf.transpose(array[:]) if self.transposed else array
+        if self.scale is not None:
+            value, scale = quantize(value)
+            self.scale.assign(scale)
+        super().write(value)
 
 
 class ParamTree:
