@@ -1,6 +1,7 @@
 """Measures how long 124M takes from a safetensors file to a ready model, and how much memory, beside the peers.
 
-Each engine loads the same folder of Hugging Face's with random weights, in a process of its own, several times in turn.
+Each engine loads the same folder of Hugging Face's with random weights, and computes the logits of one token, because a
+mapped file is read only then; in a process of its own, several times in turn.
 Memory is the process's peak less what it held before, when its framework was imported and had computed something; it
 is told as a multiple of the weights' bytes in float32. Pages of a mapped file count. Engines without an environment
 (see ``environments``) are left out.
@@ -51,19 +52,24 @@ print(json.dumps({{"load_s": seconds, "peak_bytes": memory("VmHWM") - before, "h
 
 OURS = "import tensorflow as tf, tf_gpt2\ntf_gpt2.GPT2Model\nfloat(tf.reduce_sum(tf.ones((8, 8)) @ tf.ones((8, 8))))"
 PROGRAMS = {
-    "tf_gpt2": (OURS, "model = tf_gpt2.GPT2Model.from_checkpoint(folder)"),
-    "tf_gpt2_int8": (OURS, "model = tf_gpt2.GPT2Model.from_checkpoint(folder, quantization='int8')"),
+    "tf_gpt2": (OURS, "model = tf_gpt2.GPT2Model.from_checkpoint(folder)\nmodel(tf.constant([[1]]))"),
+    "tf_gpt2_int8": (
+        OURS,
+        "model = tf_gpt2.GPT2Model.from_checkpoint(folder, quantization='int8')\nmodel(tf.constant([[1]]))",
+    ),
     "huggingface": (
         "import torch\nfrom transformers import GPT2LMHeadModel\nfloat((torch.ones(8, 8) @ torch.ones(8, 8)).sum())",
-        "model = GPT2LMHeadModel.from_pretrained(folder)",
+        "model = GPT2LMHeadModel.from_pretrained(folder)\nwith torch.no_grad():\n    model(torch.tensor([[1]]))",
     ),
     "keras_hub": (
         "os.environ['KERAS_BACKEND'] = 'tensorflow'\nimport keras_hub, tensorflow as tf\n"
         "float(tf.reduce_sum(tf.ones((8, 8)) @ tf.ones((8, 8))))",
-        "model = keras_hub.models.GPT2Backbone.from_preset(folder)",
+        "model = keras_hub.models.GPT2Backbone.from_preset(folder)\n"
+        "hidden = model({'token_ids': tf.constant([[1]]), 'padding_mask': tf.constant([[1]])})\n"
+        "model.token_embedding(hidden, reverse=True)",
     ),
 }
-"""Engine -> what it imports and computes first, and how it loads a folder."""
+"""Engine -> what it imports and computes first; how it loads a folder, and reads all weights once."""
 
 
 def main() -> None:

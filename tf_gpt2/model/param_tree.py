@@ -19,7 +19,6 @@ import tensorflow as tf
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
 from tf_gpt2.model.weights import (
     GROUP,
-    ROWS_AT_ONCE,
     AnyMatrix,
     Int4Matrix,
     Int8Matrix,
@@ -80,12 +79,6 @@ def add_matrix(
     return matrix, add(f"{name}_scale", (n_groups, n_out), "ones", "bfloat16")
 
 
-def parts_of_rows(n_rows: int) -> Iterator[slice]:
-    """Yields slices of rows, so many that copies of them are small beside a large matrix."""
-    for start in range(0, n_rows, ROWS_AT_ONCE):
-        yield slice(start, start + ROWS_AT_ONCE)
-
-
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One variable's place in the tree.
@@ -115,12 +108,13 @@ class Leaf:
         return np.asarray(self.variable.value).copy()
 
     def write(self, array: Any) -> None:
-        """Assigns an array, or a tensor, which is not copied; of other values that have rows, some rows at a time."""
-        if isinstance(array, np.ndarray | tf.Tensor):
-            self.variable.assign(array)
-            return
-        for rows in parts_of_rows(array.shape[0]):
-            self.variable.value[rows].assign(tf.cast(array[rows], self.variable.dtype))
+        """Assigns an array, a tensor, which is not copied, or a ``StoredTensor``, which is read now.
+
+        All at once: an assignment to some rows would make TensorFlow copy the variable at each later read.
+        """
+        if not isinstance(array, np.ndarray | tf.Tensor):
+            array = tf.cast(array[:], self.variable.dtype)
+        self.variable.assign(array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,20 +165,12 @@ class MatrixLeaf(Leaf):
         return np.ascontiguousarray(array.T) if self.transposed else array.copy()
 
     def write(self, array: Any) -> None:
-        """Assigns an array in the tree's orientation; rounds it where the matrix is quantized."""
-        if self.transposed:
-            array = tf.transpose(array[:])
-        if self.scale is None:
-            super().write(array)
-        elif self.variable.dtype == "int8":
-            for rows in parts_of_rows(array.shape[0]):
-                value, scale = quantize(array[rows])
-                self.variable.value[rows].assign(value)
-                self.scale.value[rows].assign(scale)
-        else:  # a matrix of a block, which is small
-            value, scale = quantize_4(array[:])
-            self.variable.assign(value)
+        """Assigns an array in the tree's orientation; rounds it, in parts, where the matrix is quantized."""
+        value = tf.transpose(array[:]) if self.transposed else array
+        if self.scale is not None:
+            value, scale = (quantize if self.variable.dtype == "int8" else quantize_4)(value)
             self.scale.assign(scale)
+        super().write(value)
         if self.lora:
             self.lora[1].assign(tf.zeros(self.lora[1].shape))
 
