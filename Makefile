@@ -13,10 +13,10 @@ QUICK := tests/test_config.py tests/checkpoint tests/tokenizer/test_encoder.py t
   tests/model/test_arithmetic.py tests/model/test_param_tree.py \
   $(addprefix tests/test_docs.py::test_, commands_of_the_readme_exist links_lead_somewhere functions_are_where_documents_say \
     quoted_tables_and_help_texts_are_current)
-SETUP := setup.cfg pyproject.toml
+SETUP := setup.cfg setup.py pyproject.toml $(wildcard tf_gpt2/runtime/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help run check test test-only test-one test-serving test-peers lint format types layers fuzz bench bench-store bench-peers docs build clean
+.PHONY: help run check test test-only test-one test-serving test-peers test-native-sanitized lint format types layers fuzz bench bench-store bench-peers docs build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,12 @@ test-serving: .venv/test.stamp  ## the SavedModel in the loader of TensorFlow Se
 test-peers: .venv/test.stamp  ## compare with Hugging Face's GPT-2 on the same weights
 	$(BIN)/python -m benchmarks.environments huggingface
 	TF_GPT2_PEERS_DIR=.peers $(PYTEST) tests/peers
+
+test-native-sanitized:  ## the native kernels under the address and undefined-behaviour sanitizers
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -pthread \
+	  tests/native/driver.cc -o build/native_sanitized
+	build/native_sanitized
 
 fuzz: .venv/test.stamp  ## compare the tokenizer in the graph with Encoder on 200,000 random strings
 	$(BIN)/python tests/tokenizer/fuzz_in_graph.py

@@ -40,7 +40,9 @@ def matrix(kind, n_out, n_in):
 
 def rounds_rows(ops, kind, n_rows):
     """Whether a product rounds its rows to 8 bits."""
-    return kind in ("int8", "int4") and ops is native or kind == "int8" and ops is xla and n_rows > 1
+    if ops is native:
+        return kind in ("int8", "int4")
+    return ops is xla and kind == "int8" and n_rows > 1
 
 
 @pytest.mark.parametrize("ops", ALL.values(), ids=ALL)

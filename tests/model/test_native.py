@@ -62,7 +62,8 @@ WANTED = {8: product_8, 4: product_4}
 def make_case(bits, n_rows, n_in, n_out, seed=0):
     """Returns a row per magnitude, weights of any value, and scales."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n_rows, n_in)) * np.exp(2 * rng.standard_normal(n_in)) * np.logspace(-3, 3, n_rows)[:, None]
+    x = rng.standard_normal((n_rows, n_in)) * np.exp(2 * rng.standard_normal(n_in))
+    x *= np.logspace(-3, 3, n_rows)[:, None]
     x[0, ::3] = 0
     if bits == 8:
         w, scale = rng.integers(-127, 128, (n_out, n_in)).astype(np.int8), rng.random(n_out).astype(np.float32)
@@ -141,6 +142,45 @@ def test_extreme_numbers(instruction_set):
 @needs_library
 def test_another_instruction_set_is_refused():
     assert kernels.load_library().tf_gpt2_product(b"sse9", 0, None, None, None, None, 1, 1, 1) == 1
+
+
+# ---- outliers
+
+
+def llama_cpp_8(x):
+    """Q8_0: rounds each 32 numbers to 8 bits, with a float16 scale. Source: ggml, ``quantize_row_q8_0_ref``."""
+    groups = x.reshape(len(x), -1, 32)
+    scale = np.abs(groups).max(-1, keepdims=True) / 127
+    return (np.rint(groups / scale) * scale.astype(np.float16)).reshape(x.shape)
+
+
+def llama_cpp_4(w):
+    """Q4_0: the largest of 32 numbers, with its sign, is -8 steps. Source: ggml, ``quantize_row_q4_0_ref``."""
+    groups = w.reshape(len(w), -1, 32)
+    scale = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1) / -8
+    return ((np.clip(np.floor(groups / scale + 8.5), 0, 15) - 8) * scale.astype(np.float16)).reshape(w.shape)
+
+
+def with_outliers(n_columns, n_outliers, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((64, n_columns))
+    x[:, rng.choice(n_columns, n_outliers, replace=False)] *= 50
+    return x.astype(np.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("n_outliers", [3, 8])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_outliers_cost_no_more_than_in_llama_cpp(bits, n_outliers):
+    """Logits of activations a few columns of which are 50 times the others: errors by their root mean square."""
+    x = with_outliers(768, n_outliers, seed=n_outliers)
+    w = np.random.default_rng(0).standard_normal((500, 768)).astype(np.float32) * 0.02
+    exact = x.astype(float) @ w.T.astype(float)
+    quantized = [part.numpy() for part in (quantize(w) if bits == 8 else quantize_4(w))]
+    ours = np.square(run(kernels.instruction_sets()[0], bits, x, *quantized) - exact).mean()
+    peer = np.square(llama_cpp_8(x) @ (llama_cpp_8 if bits == 8 else llama_cpp_4)(w).T - exact).mean()
+    assert ours <= peer
+    assert ours < (0.02 if bits == 8 else 0.12) ** 2 * np.square(exact).mean()
 
 
 # ---- as XLA calls them

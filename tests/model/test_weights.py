@@ -1,4 +1,4 @@
-"""8-bit and 4-bit weights: how far rounding goes, what it costs in quality, and that nothing keeps the float32 weights."""
+"""8-bit and 4-bit weights: how far rounding goes, what it costs in quality, and that no float32 weights are kept."""
 
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.config import SIZES, GPT2Config
 from tf_gpt2.generation.generate import generate
+from tf_gpt2.model.arithmetic import native, xla
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.network import network_of
 from tf_gpt2.model.weights import ROWS_AT_ONCE, dequantize, dequantize_4, quantize, quantize_4
+from tf_gpt2.runtime import kernels
 
 MATRICES = ("wte", "attn/c_attn/w", "attn/c_proj/w", "mlp/c_fc/w", "mlp/c_proj/w")
 
@@ -213,6 +216,18 @@ def test_quality_on_the_embedded_checkpoint(options, least_agreement, embedded):
     assert abs(nats / plain_nats - 1) < 0.002  # of the bits per byte as well
     assert (logits.argmax(-1) == wanted.argmax(-1)).mean() >= least_agreement
     assert np.abs(logits - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("ops", [xla, native])
+@pytest.mark.parametrize(("quantization", "least_agreement"), [("int8", 0.98), ("int4", 0.9)])
+def test_quality_of_compiled_products(quantization, least_agreement, ops, embedded):
+    """As above, with activations rounded, too."""
+    if ops is native and not kernels.are_chosen():
+        pytest.skip(kernels.why_missing() or "no kernels for this processor")
+    windows, wanted = embedded
+    network = network_of(GPT2Model.from_checkpoint(embedded_dir(), quantization=quantization), ops)
+    logits = tf.function(lambda ids: network.logits(network.hidden_states(ids)[0]), jit_compile=True)(windows).numpy()
+    assert (logits.argmax(-1) == wanted.argmax(-1)).mean() >= least_agreement
 
 
 def test_models_of_the_true_shape_are_close():

@@ -129,7 +129,7 @@ def quantize_rows_4(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def round_groups(groups: tf.Tensor, scale: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Rounds groups, (…, 32), with scales, (…, 1); returns the numbers in [-8, 7], the scales used, the squared errors."""
+    """Rounds groups, (…, 32), with scales, (…, 1); returns the numbers in [-8, 7], the scales, the squared errors."""
     scale = tf.cast(tf.cast(scale, tf.bfloat16), tf.float32)
     numbers = tf.clip_by_value(tf.round(groups / tf.where(scale == 0, 1.0, scale)), -8, 7)
     return numbers, scale, tf.reduce_sum(tf.square(numbers * scale - groups), axis=-1, keepdims=True)
@@ -144,6 +144,6 @@ def unpack_4(value: tf.Tensor) -> tf.Tensor:
 
 
 def dequantize_4(value: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    """Computes the floats of a 4-bit matrix and of the zeros that fill its last group: float32 (n_out, n_groups * 32)."""
+    """Computes the floats of a 4-bit matrix, with those that fill its last group: float32 (n_out, n_groups * 32)."""
     scale = tf.transpose(tf.cast(scale, tf.float32))[..., None]  # (n_out, n_groups, 1)
     return tf.reshape(tf.cast(unpack_4(value), tf.float32) * scale, (value.shape[0], -1))

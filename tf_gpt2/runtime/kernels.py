@@ -1,8 +1,8 @@
 """Finds the native kernels, products with 8-bit and 4-bit weights, and makes them known to XLA.
 
-They are a library that pip compiles from ``runtime/native`` where there is a compiler; without it XLA's own products are
-used. The environment variable ``TF_GPT2_KERNELS`` chooses: ``native`` demands the kernels, ``xla`` and ``off`` do without;
-by default they are used where they are. Knows nothing of models.
+They are a library that pip compiles from ``runtime/native`` where there is a compiler; without it XLA's own products
+are used. The environment variable ``TF_GPT2_KERNELS`` chooses: ``native`` demands the kernels, ``xla`` and ``off`` do
+without; by default they are used where they are. Knows nothing of models.
 """
 
 from __future__ import annotations

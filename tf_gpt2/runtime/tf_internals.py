@@ -87,7 +87,7 @@ def watches_operations() -> bool:
 def ffi_api() -> int | None:
     """Returns the address of XLA's table of functions for foreign ones, or ``None`` where there is none.
 
-    Test: ``tests/model/test_native.py``.
+    Test: ``tests/model/test_native.py``, ``test_xla_gets_what_the_library_computes``.
     """
     path = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
     try:
@@ -106,23 +106,18 @@ def call_foreign(name: str, inputs: Sequence[tf.Tensor], shape: Sequence[int]) -
         inputs: tensors of known shapes.
         shape: of the result, float32.
 
-    Test: ``tests/model/test_native.py``.
+    Test: ``tests/model/test_native.py``, ``test_wrong_shapes_are_refused_by_name``.
     """
-    kinds = [tensor_kind(x.shape, x.dtype) for x in inputs]
-    kind = tensor_kind(shape, tf.float32)
-    parameters = ", ".join(f"%x{i}: {kind_of_input}" for i, kind_of_input in enumerate(kinds))
-    names = ", ".join(f"%x{i}" for i in range(len(inputs)))
-    module = (
+    dtypes = {tf.float32: "f32", tf.bfloat16: "bf16", tf.int8: "i8", tf.uint8: "ui8"}
+    kinds = [f"tensor<{'x'.join(map(str, x.shape))}x{dtypes[x.dtype]}>" for x in inputs]
+    kind = f"tensor<{'x'.join(map(str, shape))}xf32>"
+    names = [f"%x{i}" for i in range(len(inputs))]
+    parameters = ", ".join(f"{x}: {kind_of_x}" for x, kind_of_x in zip(names, kinds, strict=True))
+    module = (  # StableHLO
         f"module @m {{ func.func public @main({parameters}) -> {kind} {{ "
-        f"%y = stablehlo.custom_call @{name}({names}) {{api_version = 4 : i32, backend_config = {{}}}} : "
+        f"%y = stablehlo.custom_call @{name}({', '.join(names)}) {{api_version = 4 : i32, backend_config = {{}}}} : "
         f"({', '.join(kinds)}) -> {kind} return %y : {kind} }} }}"
     )
     return gen_xla_ops.xla_call_module(
         list(inputs), version=4, module=module, Sout=[list(shape)], Tout=[tf.float32], platforms=["CPU"]
     )[0]
-
-
-def tensor_kind(shape: Sequence[int], dtype: tf.DType) -> str:
-    """Returns a tensor's type as StableHLO writes it."""
-    names = {tf.float32: "f32", tf.bfloat16: "bf16", tf.int8: "i8", tf.uint8: "ui8"}
-    return f"tensor<{'x'.join(map(str, shape))}x{names[dtype]}>"

@@ -1,7 +1,7 @@
 """The arithmetic of the formulas: one module per place where they run, each with the same functions.
 
 ``plain`` is textbook TensorFlow, for eager calls and training; read it first. ``xla`` has the operations that XLA
-compiles well, ``native`` puts kernels of its own in the place of some, and ``graph`` has those that are fast in TensorFlow
+compiles well, ``native`` the same with kernels for some products, and ``graph`` those that are fast in TensorFlow
 without XLA. All are tested against ``plain``, and ``plain`` against ``tf_gpt2.reference``.
 """
 

@@ -1,7 +1,7 @@
 """``xla``'s arithmetic, with products by 8-bit and 4-bit weights from the native kernels.
 
-Each row is rounded to 8 bits, with one scale per 16 columns for 8-bit weights and per 32 for 4-bit ones, and multiplied in
-integers. A row in a batch is that row alone, bit for bit. See ``runtime/native/kernels.cc``.
+Each row is rounded to 8 bits, with one scale per 16 columns for 8-bit weights and per 32 for 4-bit ones, and multiplied
+in integers. A row in a batch is that row alone, bit for bit. See ``runtime/native/kernels.cc``.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def float_product(rows: tf.Tensor, w: Matrix) -> tf.Tensor:
 def int8_product(rows: tf.Tensor, w: Int8Matrix) -> tf.Tensor:
     """Multiplies floats (R, n_in) by an 8-bit matrix, then by its scales.
 
-    Several rows are rounded to 8 bits, too: XLA has fast products of 8-bit integers that are summed in 32 bits, exactly.
+    Several rows are rounded to 8 bits, too: XLA has fast products of 8-bit integers, summed in 32 bits.
     """
     value = tf.convert_to_tensor(w.value)
     if rows.shape[0] == 1:

@@ -220,7 +220,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 // ---- Arm with 8-bit dot products
 
 #pragma GCC push_options
-#pragma GCC target("+dotprod")
+#pragma GCC target("arch=armv8.2-a+dotprod")
 namespace neon_dotprod {
 constexpr int LANES = 4, MOST_ROWS = 8, OFFSET = 0;
 typedef int32_t Words __attribute__((vector_size(16)));

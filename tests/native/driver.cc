@@ -1,0 +1,86 @@
+// Runs the kernels of every instruction set that the processor has over odd shapes, in memory without a byte to spare,
+// alone and on several threads; for compilers' sanitizers: see `make test-native-sanitized`.
+
+#include "../../tf_gpt2/runtime/native/kernels.cc"
+
+#include <algorithm>
+#include <vector>
+
+namespace {
+
+// A pool like XLA's, which starts a thread for each task; every third one is refused.
+std::atomic<int> n_tasks{0}, n_running{0};
+
+xla_ffi::Error* schedule(xla_ffi::Task* task) {
+  if (n_tasks.fetch_add(1) % 3 == 2) return (xla_ffi::Error*)1;
+  n_running.fetch_add(1);
+  std::thread([run = task->run, data = task->data] {
+    run(data);
+    n_running.fetch_sub(1);
+  }).detach();
+  return nullptr;
+}
+
+void destroy_error(xla_ffi::OldError*) {}
+
+template <class T>
+std::vector<T> random_numbers(size_t n, int low, int high) {
+  std::vector<T> numbers(n);
+  for (T& number : numbers) number = (T)(low + rand() % (high - low + 1));
+  return numbers;
+}
+
+std::vector<float> compute(const Kernels& kernels, const Pool& pool, bool is_4_bit, int n_rows, int n_in, int n_out) {
+  srand(n_rows + 1000 * n_in);
+  const int n_groups = divide_up(n_in, BLOCK_4);
+  auto x = random_numbers<float>((size_t)n_rows * n_in, -1000, 1000);
+  auto weights = random_numbers<int8_t>((size_t)n_out * (is_4_bit ? 16 * n_groups : n_in), -127, 127);
+  auto output_scales = random_numbers<float>(n_out, 1, 9);
+  auto group_scales = random_numbers<uint16_t>((size_t)n_groups * n_out, 0x3f00, 0x3fff);
+  const void* scales = is_4_bit ? (void*)group_scales.data() : (void*)output_scales.data();
+  std::vector<float> y((size_t)n_rows * n_out);
+  run(make_product(x.data(), weights.data(), scales, y.data(), n_rows, n_in, n_out, is_4_bit), is_4_bit, kernels, pool);
+  return y;
+}
+
+}  // namespace
+
+int main() {
+  xla_ffi::Api api = {};
+  api.schedule = schedule;
+  api.destroy_error = destroy_error;
+  Pool pool;
+  pool.api = &api;
+  pool.n_threads = 4;
+  int n_wrong = 0, n_cases = 0;
+  for (const InstructionSet* set = instruction_sets(); set->name; ++set) {
+    if (!set->is_here) continue;
+    for (int n_in : {1, 12, 31, 64, 65, 200})
+      for (int n_out : {1, 7, 16, 33, 150})
+        for (int n_rows : {1, 2, 3, 5, 8, 11, 130})
+          for (bool is_4_bit : {false, true}) {
+            auto wanted = compute(portable::kernels, Pool(), is_4_bit, n_rows, n_in, n_out);
+            n_wrong += compute(*set->kernels, Pool(), is_4_bit, n_rows, n_in, n_out) != wanted;
+            n_wrong += compute(*set->kernels, pool, is_4_bit, n_rows, n_in, n_out) != wanted;
+            ++n_cases;
+          }
+    printf("%s: %d cases, %d wrong\n", set->name, n_cases, n_wrong);
+  }
+  // many requests at a time
+  std::vector<std::thread> requests;
+  std::atomic<int> n_differ{0};
+  for (int i = 0; i < 8; ++i)
+    requests.emplace_back([&, i] {
+      const Kernels& kernels = *find_kernels(nullptr);
+      for (int turn = 0; turn < 20; ++turn) {
+        std::vector<float> x(64 * (i + 1), 1.0f), scales(90, 1.0f), y(90 * (i + 1));
+        std::vector<int8_t> weights(64 * 90, 1);
+        run(make_product(x.data(), weights.data(), scales.data(), y.data(), i + 1, 64, 90, false), false, kernels, pool);
+        n_differ += std::any_of(y.begin(), y.end(), [](float value) { return std::abs(value - 64) > 1e-4f; });
+      }
+    });
+  for (auto& request : requests) request.join();
+  while (n_running.load()) std::this_thread::yield();
+  printf("many requests: %d wrong\n", n_differ.load());
+  return n_wrong + n_differ.load() != 0;
+}
