@@ -155,16 +155,19 @@ def test_plain_graph_and_xla_give_what_eager_gives(options, odd_model, odd_confi
 
 
 @pytest.mark.parametrize(
-    ("options", "tolerance"), [({"quantization": "int8"}, 1e-4), ({"dtype": "bfloat16"}, 0.1)], ids=["int8", "bfloat16"]
+    "options",
+    [{"quantization": "int8"}, {"quantization": "int4"}, {"dtype": "bfloat16"}],
+    ids=["int8", "int4", "bfloat16"],
 )
-def test_xla_computes_with_smaller_weights_as_the_model_does(options, tolerance):
+def test_xla_computes_with_smaller_weights_as_the_model_does(options):
+    """Up to the rounding of activations."""
     config = GPT2Config(n_vocab=53, n_ctx=16, n_embd=12, n_head=2, n_layer=1)
     model = GPT2Model(config, **options)
     model.set_weights(lively_params(config))
     result = generate(model, [[3, 1]], max_new_tokens=9)
     plain = reference.log_softmax(model(np.array([[3, 1, *result.ids[0]]]))[0])[1:-1]
-    assert result.logprobs[0] == pytest.approx(plain[np.arange(9), result.ids[0]], abs=tolerance)
-    assert result.logprobs[0] == pytest.approx(plain.max(axis=1), abs=tolerance)
+    assert result.logprobs[0] == pytest.approx(plain[np.arange(9), result.ids[0]], abs=0.1)
+    assert result.logprobs[0] == pytest.approx(plain.max(axis=1), abs=0.1)
 
 
 # ---- ends

@@ -303,7 +303,7 @@ def test_the_choice_is_made_by_a_variable(monkeypatch):
 
 def test_kernels_that_are_demanded_and_not_there_are_an_error(monkeypatch):
     monkeypatch.setenv(kernels.ENV_VAR, "native")
-    monkeypatch.setattr(kernels, "why_missing", lambda: "the native kernels were not compiled; install g++")
+    monkeypatch.setattr(kernels, "why_missing", lambda: "the native kernels were not compiled")
     with pytest.raises(ImportError, match="TF_GPT2_KERNELS=native, but the native kernels were not compiled"):
         generate(make_model("int8"), [[1]], max_new_tokens=1)
 

@@ -17,7 +17,7 @@ ENV_VAR = "TF_GPT2_KERNELS"
 CHOICES = ("off", "xla", "native")
 PORTABLE = "portable"
 """The instruction set that every processor has, too slow to be chosen unasked."""
-BUILD = "install g++ and then tf_gpt2 again, without pip's cache"
+BUILD = "install g++ 12 or newer, and then tf_gpt2 again by pip install --force-reinstall --no-cache-dir"
 
 
 def are_chosen() -> bool:

@@ -391,6 +391,7 @@ void take_memory(Product& p, int block) {
 }
 
 void run(Product p, bool is_4_bit, const Kernels& kernels, const Pool& pool) {
+  if (p.n_rows == 0 || p.n_out == 0) return;
   const int block = is_4_bit ? BLOCK_4 : BLOCK_8, offset = is_4_bit ? 8 : kernels.offset_8;
   take_memory(p, block);
   Round* round = is_4_bit ? kernels.round_4 : kernels.round_8;
@@ -512,7 +513,8 @@ EXPORTED int tf_gpt2_product(const char* instruction_set, int is_4_bit, const fl
   return 0;
 }
 
-// Registers the products with XLA. Writes why not, or nothing.
+// Registers the products with XLA. Writes why not, or nothing. Code that was compiled and kept on disk calls them by these
+// names: products that take other arguments, or give other results, need other names.
 EXPORTED void tf_gpt2_register(const void* api_table, char* why_not, size_t size) {
   using namespace xla_ffi;
   const Api* api = (const Api*)api_table;
