@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import mmap
 import os
 import platform
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.processors import describe_processor
 from tf_gpt2.checkpoint.params import block_shapes, leaves
 from tf_gpt2.config import SIZES, GPT2Config
 
@@ -38,6 +40,10 @@ PAGE_SIZES = ("small", "huge")
 STREAMS = (1, 2, 4, 8, 16)
 AHEAD_BYTES = (0, 1024, 4096)
 HUGE_PAGE_BYTES = 2 << 20
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+"""What our weights may be kept as."""
+INT4_GROUP = 32
+"""How many 4-bit weights have one scale, a bfloat16."""
 MADV_NOHUGEPAGE = 15
 """A constant that Python's ``mmap`` lacks. Source: Linux, ``mman-common.h``."""
 
@@ -85,10 +91,24 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def bytes_per_token(config: GPT2Config) -> int:
-    """Counts the bytes of float32 weights that one decoded token reads: all of them, but only one row of ``wpe``."""
-    per_block = sum(int(np.prod(shape)) for _, shape in leaves(block_shapes(config)))
-    return 4 * (config.n_layer * per_block + (config.n_vocab + 2) * config.n_embd)
+def bytes_per_token(config: GPT2Config, dtype: str = "float32") -> int:
+    """Counts the bytes of our weights that one decoded token reads: all of them, but only one row of ``wpe``.
+
+    Matrices in the blocks and ``wte`` have ``dtype``, but for int4 ``wte`` has int8; all else is float32.
+    """
+    shapes = [shape for _, shape in leaves(block_shapes(config))]
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    n_matrix = config.n_layer * sum(math.prod(shape) for shape in matrices)
+    n_scales = config.n_layer * sum(n_out for _, n_out in matrices)
+    n_vector = config.n_layer * sum(math.prod(shape) for shape in shapes if len(shape) == 1) + 2 * config.n_embd
+    n_head = config.n_vocab * config.n_embd
+    matrix_bytes = {
+        "float32": 4 * (n_matrix + n_head),
+        "bfloat16": 2 * (n_matrix + n_head),
+        "int8": n_matrix + n_head + 4 * (n_scales + config.n_vocab),
+        "int4": n_matrix // 2 + 2 * (n_matrix // INT4_GROUP) + n_head + 4 * config.n_vocab,
+    }
+    return matrix_bytes[dtype] + 4 * n_vector
 
 
 class Reader:
@@ -181,11 +201,8 @@ def measure_gemm(n: int = 2048, n_repetitions: int = 5) -> float:
 
 def describe_machine() -> dict[str, Any]:
     """Describes the machine that the figures depend on: processor, cores, memory, kernel."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
     return {
-        "cpu": model or platform.processor(),
+        **describe_processor(),
         "n_cores": available_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",

@@ -1,17 +1,20 @@
 """Compares our speed of generation with other engines on the same weights, and with the memory's bandwidth.
 
 Weights are random, decoding is greedy and never stops early. Each engine is a process of its own that is idle while
-another runs. Engines run in groups that fit in memory, with ours in float32 and int8 in each group; ratios are taken
-within a round of a group, and their median counts. Greedy ids are compared with ours of float32 before the timing.
+another runs. Engines run in groups that fit in memory, with ours in float32, int8 and int4 in each group; ratios are
+taken within a round of a group, and their median counts. Greedy ids are compared with ours of float32 before the timing.
 Prefill ends with the first new token. Conversion to an engine's own format is not timed. The compile cache is a new
-folder, so that the first call compiles, and a second process finds the compiled code there.
+folder, so that the first call compiles, and a second process finds the compiled code there. What is fast differs between
+kinds of processors: ``results/compare`` has a file for each, and a run is compared with that of its own kind.
 
     python -m benchmarks.compare
-    python -m benchmarks.compare --against benchmarks/results/compare.json
+    python -m benchmarks.compare --against benchmarks/results/compare
     python -m benchmarks.compare --size toy --repetitions 1 --patience 0
     python -m benchmarks.compare --engines 'tf_gpt2:*' 'llama_cpp:*' --jobs decode
+    python -m benchmarks.compare --engines 'openvino:*' --output benchmarks/results/compare --add
 
-Peers need environments: 'make bench-peers'. With ``--against``, the exit code is 1 if ours got slower.
+Peers need environments: 'make bench-peers'. With ``--against``, the exit code is 1 if ours got slower. With ``--add``
+the groups that were measured are put beside those in the file, so that one result can be measured in several runs.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import json
 import os
 import sys
 import tempfile
@@ -28,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ceiling import PAGE_SIZES, Reader, available_cores, bytes_per_token, measure_gemm
+from benchmarks.ceiling import DTYPES, PAGE_SIZES, Reader, available_cores, bytes_per_token, measure_gemm
 from benchmarks.engines import (
     ENGINES,
     IN_ONE_ROUND,
@@ -45,9 +49,9 @@ from benchmarks.engines import (
 )
 from benchmarks.goals import check_goals
 from benchmarks.peers.protocol import Worker, run_prepare, write_model
-from benchmarks.report import add_against, print_fallen, read_stored, start_report, store
+from benchmarks.report import add_against, file_of_kind, print_fallen, read_stored, start_report, store
 from benchmarks.rounds import count_disturbed, find_parting, measure, wait_until_quiet
-from benchmarks.summary import Result, check_alike, find_slower, summarize
+from benchmarks.summary import Result, check_alike, find_slower, join, summarize
 from benchmarks.tables import print_result
 from tf_gpt2.checkpoint.params import count_params, leaves, random_params
 from tf_gpt2.config import SIZES, GPT2Config
@@ -63,9 +67,10 @@ SHAPES = {"toy": GPT2Config(n_vocab=1000, n_ctx=1024, n_embd=64, n_head=2, n_lay
 def main() -> int:
     arguments = parse_arguments()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported, to write the checkpoint
-    stored = read_alike(arguments)
+    stored, earlier = read_alike(arguments), read_earlier(arguments)
     with tempfile.TemporaryDirectory() as folder:
         result = Comparison(Path(folder), arguments).run()
+    result = join(earlier, result) if earlier else result
     result["summary"] = summarize(result)
     result["goals"] = check_goals(result)
     print_result(result)
@@ -77,13 +82,30 @@ def main() -> int:
 
 def read_alike(arguments: argparse.Namespace) -> Result | None:
     """Reads the stored result to compare with, if there is one; exits when it was not measured alike."""
+    if arguments.against and arguments.against.is_dir():
+        arguments.against = file_of_kind(arguments.against)
+        if not arguments.against.exists():
+            print(f"nothing to compare with: no {arguments.against}; --output {arguments.against.parent} makes one")
+            return None
     stored = read_stored(arguments)
     try:
         if stored:
-            check_alike(stored["settings"], vars(arguments))
+            check_alike(stored, vars(arguments))
     except ValueError as error:
         raise SystemExit(f"--against {arguments.against}: {error}") from error
     return stored
+
+
+def read_earlier(arguments: argparse.Namespace) -> Result | None:
+    """Reads the result to add to, if there is one; exits when it was not measured alike."""
+    if not (arguments.add and arguments.output.exists()):
+        return None
+    earlier = json.loads(arguments.output.read_text(encoding="utf-8"))
+    try:
+        check_alike(earlier, vars(arguments))
+    except ValueError as error:
+        raise SystemExit(f"--add to {arguments.output}: {error}") from error
+    return earlier
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,12 +120,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet machine, per round")
     parser.add_argument("--threads", type=int, default=available_cores(), help="for each")
     parser.add_argument("--peers_in_memory", "--peers-in-memory", type=int, default=5, help="at a time, beside ours")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help="JSON file to write, or folder of one file per kind of processor"
+    )
+    parser.add_argument("--add", action="store_true", help="put the groups beside those in the output's file")
     add_against(parser)
     arguments = parser.parse_args()
     if min(arguments.repetitions, arguments.threads, arguments.peers_in_memory) < 1:
         parser.error("--repetitions, --threads and --peers_in_memory must be at least 1")
     chosen = [engine for engine in ENGINES if any(fnmatch.fnmatch(engine, p) for p in arguments.engines)]
+    arguments.output = file_of_kind(arguments.output)
     arguments.engines = list(dict.fromkeys([REFERENCE, *chosen]))  # its ids and logits are needed in any case
     return arguments
 
@@ -151,6 +177,7 @@ class Comparison:
             **start_report("compare", arguments, "size", "pages", "threads", "repetitions"),
             "jobs": {job: JOBS[job]._asdict() for job in arguments.jobs},
             "bytes_per_token": n_bytes,
+            "bytes_per_token_of": {dtype: bytes_per_token(self.config, dtype) for dtype in DTYPES},
             "weight_bytes": 4 * n_params,
             "gemm_flop_per_s": gemm,
             "duration_s": time.perf_counter() - self.start_s,

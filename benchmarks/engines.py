@@ -13,7 +13,7 @@ from benchmarks.environments import PEERS_DIR
 OURS = "tf_gpt2"
 REFERENCE = "tf_gpt2:float32"
 """The engine whose greedy ids all others are compared with."""
-ANCHORS = (REFERENCE, "tf_gpt2:int8")
+ANCHORS = (REFERENCE, "tf_gpt2:int8", "tf_gpt2:int4")
 """Our engines that run with each group, so that each peer has ours in its own rounds."""
 ENGINES = (
     *ANCHORS,
@@ -111,7 +111,7 @@ def why_missing(engine: str) -> str | None:
 
 
 def make_groups(engines: list[str], n_peers: int) -> list[list[str]]:
-    """Splits engines into groups that fit in memory: ours in float32 and int8 in each, ``n_peers`` others."""
+    """Splits engines into groups that fit in memory: ``ANCHORS`` in each, ``n_peers`` others."""
     anchors = [engine for engine in engines if engine in ANCHORS]
     others = [engine for engine in engines if engine not in ANCHORS]
     return [[*anchors, *others[i : i + n_peers]] for i in range(0, max(1, len(others)), n_peers)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ceiling import describe_machine
+from benchmarks.processors import describe_processor
 
 
 def start_report(benchmark: str, arguments: argparse.Namespace, *settings: str) -> dict[str, Any]:
@@ -46,6 +47,11 @@ def read_stored(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return json.loads(arguments.against.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SystemExit(f"--against {arguments.against}: {error}") from error
+
+
+def file_of_kind(path: Path) -> Path:
+    """Returns the file of this machine's kind of processor in a folder; a path that ends in ``.json`` as it is."""
+    return path if path.suffix == ".json" else path / f"{describe_processor()['kind']}.json"
 
 
 def print_fallen(lines: Sequence[str], arguments: argparse.Namespace) -> int:

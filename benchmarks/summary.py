@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ceiling import PAGE_SIZES
-from benchmarks.engines import IN_ONE_ROUND, JOBS, REFERENCE, is_ours
+from benchmarks.engines import ANCHORS, IN_ONE_ROUND, JOBS, REFERENCE, is_ours, precision_of
+from benchmarks.processors import describe_processor
 from benchmarks.report import fallen
+from benchmarks.rounds import count_disturbed
 
 Result = dict[str, Any]
 """The JSON that ``compare`` stores: ``groups``, each with ``jobs``, each with ``rounds``; ``bytes_per_token``."""
@@ -25,7 +27,8 @@ def summarize(result: Result) -> dict[str, Any]:
     Returns:
         ``tokens_per_s`` and ``seconds``, by job and engine; ``ratios``, by job, engine of ours and peer: our speed as a
         multiple of the peer's; ``ceilings_tokens_per_s`` by size of pages; ``share_of_ceiling`` by engine: the speed of
-        decoding over that of reading the float32 weights.
+        decoding over that of reading the float32 weights; ``share_of_own_ceiling`` by engine of ours: over that of
+        reading the weights as they are kept.
     """
     found = [job for job in JOBS if any(job in group["jobs"] for group in result["groups"])]
     engines = {job: sorted({engine for one in rounds_of(result, job) for engine in one["replies"]}) for job in found}
@@ -47,12 +50,18 @@ def summarize(result: Result) -> dict[str, Any]:
 
 def summarize_ceiling(result: Result, engines: list[str]) -> dict[str, Any]:
     bandwidths = [by_pages for one in rounds_of(result, "decode") for by_pages in one["ceilings"]]
+    shares = {engine: share_of_ceiling(result, engine) for engine in engines}
     return {
         "ceilings_tokens_per_s": {
             pages: median([by_pages[pages] for by_pages in bandwidths]) / result["bytes_per_token"]
             for pages in PAGE_SIZES
         },
-        "share_of_ceiling": {engine: share_of_ceiling(result, engine) for engine in engines},
+        "share_of_ceiling": shares,
+        "share_of_own_ceiling": {
+            engine: share * result["bytes_per_token_of"][precision_of(engine)] / result["bytes_per_token"]
+            for engine, share in shares.items()
+            if is_ours(engine)
+        },
     }
 
 
@@ -122,15 +131,44 @@ def find_slower(stored: Result, found: Result, margin: float) -> list[str]:
     return worse + fallen(first_calls(stored), first_calls(found), max(margin, FIRST_CALL_MARGIN))
 
 
-def check_alike(stored: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises when two runs were measured with different settings.
+def check_alike(stored: Result, settings: dict[str, Any]) -> None:
+    """Raises when a run to come would be measured with other settings than a stored one, or on another processor.
 
     Raises:
-        ValueError: when a setting differs; names it.
+        ValueError: when a setting or the kind of processor differs; names it.
     """
-    for name in ("size", "pages", "threads"):
-        if stored[name] != settings[name]:
-            raise ValueError(f"{name} must be {stored[name]!r} as in the stored result, got {settings[name]!r}")
+    found = settings | {"kind": describe_processor()["kind"]}
+    for name, value in {**stored["settings"], "kind": stored["machine"]["kind"]}.items():
+        if name != "repetitions" and value != found[name]:
+            raise ValueError(f"{name} must be {value!r} as in the stored result, got {found[name]!r}")
+
+
+def join(earlier: Result, later: Result) -> Result:
+    """Puts the groups of two runs side by side; a job of an earlier group goes if a peer in it has done it again."""
+    again = {(job, peer) for group in later["groups"] for job in group["jobs"] for peer in peers_in(group)}
+    kept = [
+        group
+        | {"jobs": {job: one for job, one in group["jobs"].items() if not again & {(job, p) for p in peers_in(group)}}}
+        for group in earlier["groups"]
+    ]
+    groups = [*(group for group in kept if group["jobs"]), *later["groups"]]
+    engines = earlier["engines"] | later["engines"]
+    skipped = {e: why for e, why in (earlier["skipped"] | later["skipped"]).items() if e not in engines}
+    return {
+        **later,
+        "jobs": earlier["jobs"] | later["jobs"],
+        "duration_s": earlier["duration_s"] + later["duration_s"],
+        "labels": earlier["labels"] | later["labels"],
+        "skipped": skipped,
+        "engines": engines,
+        "groups": groups,
+        **count_disturbed(groups),
+    }
+
+
+def peers_in(group: dict[str, Any]) -> list[str]:
+    """Returns the engines of a group that are not in each; in a group of those alone, all."""
+    return [engine for engine in group["engines"] if engine not in ANCHORS] or group["engines"]
 
 
 def comparable(result: Result) -> dict[str, float]:
