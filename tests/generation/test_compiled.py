@@ -89,9 +89,8 @@ def test_training_between_two_texts_compiles_nothing():
 
 LOAD_AND_DROP = """
 import ctypes, gc, sys, tf_gpt2
-from tf_gpt2.generation.compiled import compiled_for
+from tf_gpt2.generation.compiled import arithmetic, compiled_for
 from tf_gpt2.generation.loop import decode, prefill
-from tf_gpt2.model.arithmetic import xla
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
@@ -105,7 +104,8 @@ for turn in range(25):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or the allocator keeps up to 100 MiB for later
     sizes.append(resident())
-n_traces = [compiled_for(function, config, "float32", xla).n_traces for function in (prefill, decode)]
+ops = arithmetic(jit_compile=True)
+n_traces = [compiled_for(function, config, "float32", ops).n_traces for function in (prefill, decode)]
 print(sizes[2], max(sizes[2:]), *n_traces)
 """
 

@@ -20,8 +20,10 @@ from tf_gpt2.generation.options import (
     check_top,
     pad_words,
 )
+from tf_gpt2.generation.processors import EXCLUDED
 
 INF, NAN = math.inf, math.nan
+NEVER = float(EXCLUDED)
 CONFIG = GPT2Config(n_vocab=9, n_ctx=12, n_embd=1, n_head=1, n_layer=1)
 
 NO_NUMBER = [
@@ -128,9 +130,9 @@ def test_all_ids_may_not_be_banned_in_several_ways_together():
 def test_the_bias_holds_all_that_is_for_one_id():
     options = {"suppress": (1, 1), "logit_bias": {np.int64(0): 2, 1: 3.0, 5: np.float32(-1), 6: -INF}}
     processing = make_sampling(2, CONFIG, bad_words_ids=[np.array([7]), (5, 6)], **options).processing
-    assert processing.bias.numpy().tolist() == [2, -INF, 0, 0, 0, -1, -INF, -INF, 0]
+    assert processing.bias.numpy().tolist() == [2, NEVER, 0, 0, 0, -1, NEVER, NEVER, 0]
     assert processing.bad_words.numpy()[:2].tolist() == [[-1, -1, 5, 6], [-1] * 4]
-    assert make_sampling(1, CONFIG, suppress=iter([2])).processing.bias.numpy()[2] == -INF
+    assert make_sampling(1, CONFIG, suppress=iter([2])).processing.bias.numpy()[2] == NEVER
 
 
 def test_settings_may_be_of_any_type_of_number():
@@ -188,7 +190,7 @@ def test_ids_may_be_of_any_type(ids):
     if isinstance(ids, tf.Variable):
         ids = [*ids.numpy()]
     sampling = make_sampling(1, CONFIG, suppress=ids, bad_words_ids=[ids], logit_bias={0: np.array(2)})
-    assert sampling.processing.bias.numpy().tolist() == [2, -INF, -INF, -INF, 0, 0, 0, 0, 0]
+    assert sampling.processing.bias.numpy().tolist() == [2, NEVER, NEVER, NEVER, 0, 0, 0, 0, 0]
     assert sampling.processing.bad_words.numpy()[0].tolist() == [-1, 1, 2, 3]
     assert make_limits([], 1, ids, CONFIG).stop_ids.numpy()[:4].tolist() == [1, 2, 3, -1]
     assert check_row("ids", ids, CONFIG).tolist() == [1, 2, 3]

@@ -50,7 +50,9 @@ def test_user_text_never_makes_one(encoder, plain):
         assert encoder.decode(encoder.encode(text)) == text
 
 
-@pytest.mark.parametrize("allowed", ["all", {"[PAD]", "<|"}, ["<|endoftext|>"], ()], ids=["all", "a set", "a list", "none"])
+@pytest.mark.parametrize(
+    "allowed", ["all", {"[PAD]", "<|"}, ["<|endoftext|>"], ()], ids=["all", "a set", "a list", "none"]
+)
 def test_the_first_and_longest_counts(encoder, allowed):
     names = list(TOKENS) if allowed == "all" else list(allowed)
     for text in random_texts(300):
