@@ -14,7 +14,7 @@ from reference import lively_params
 from tf_gpt2.checkpoint.params import leaves, map_leaves
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.beam import beam_search
-from tf_gpt2.generation.compiled import Compiled, compiled, compiled_for, matrices, twins_of, with_twins
+from tf_gpt2.generation.compiled import Compiled, arithmetic, compiled, compiled_for, matrices, twins_of, with_twins
 from tf_gpt2.generation.generate import generate, warm_up
 from tf_gpt2.generation.loop import decode, prefill
 from tf_gpt2.generation.scoring import score
@@ -63,10 +63,11 @@ def test_xla_compiles_if_asked_to(ops, model):
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_models_of_one_shape_share_what_is_compiled_and_keep_their_weights(jit_compile):
     models = [make_model(seed) for seed in range(3)]
-    ops = xla if jit_compile else graph
+    ops = arithmetic(jit_compile=jit_compile)
     functions = [compiled_for(function, WIDER, "float32", ops) for function in (prefill, decode)]
     found = [generate(models[0], PROMPTS, max_new_tokens=5, jit_compile=jit_compile)]
     n_traces = [function.n_traces for function in functions]
+    assert 0 not in n_traces
     found += [generate(one, PROMPTS, max_new_tokens=5, jit_compile=jit_compile) for one in models[1:]]
     assert [function.n_traces for function in functions] == n_traces
     for one, result in zip(models, found, strict=True):
@@ -78,7 +79,8 @@ def test_models_of_one_shape_share_what_is_compiled_and_keep_their_weights(jit_c
 
 def test_training_between_two_texts_compiles_nothing():
     model = make_model()
-    functions = [compiled_for(function, WIDER, "float32", xla) for function in (prefill, decode)]
+    ops = arithmetic(jit_compile=True)
+    functions = [compiled_for(function, WIDER, "float32", ops) for function in (prefill, decode)]
     before = generate(model, PROMPTS, max_new_tokens=5)
     n_traces = [function.n_traces for function in functions]
     fit(model, jit_compile=False)
