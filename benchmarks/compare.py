@@ -2,10 +2,10 @@
 
 Weights are random, decoding is greedy and never stops early. Each engine is a process of its own that is idle while
 another runs. Engines run in groups that fit in memory, with ours in float32, int8 and int4 in each group; ratios are
-taken within a round of a group, and their median counts. Greedy ids are compared with ours of float32 before the timing.
+taken within a round of a group, and their median counts. Greedy ids are compared with ours of float32 before timing.
 Prefill ends with the first new token. Conversion to an engine's own format is not timed. The compile cache is a new
-folder, so that the first call compiles, and a second process finds the compiled code there. What is fast differs between
-kinds of processors: ``results/compare`` has a file for each, and a run is compared with that of its own kind.
+folder, so that the first call compiles, and a second process finds the compiled code there. What is fast differs by
+kind of processor: ``results/compare`` has a file for each, and a run is compared with that of its own.
 
     python -m benchmarks.compare
     python -m benchmarks.compare --against benchmarks/results/compare

@@ -77,7 +77,9 @@ def first_call_goals(result: Result) -> list[dict[str, Any]]:
     goals = []
     for engine, (cold, warm) in FIRST_CALLS.get(result["machine"]["kind"], {}).items():
         facts, name, command = result["engines"].get(engine, {}), precision_of(engine), compare("decode", engine)
-        goals.append(at_most(cold, f"first call: {name}, nothing compiled before, s", facts.get("first_call_s"), command))
+        goals.append(
+            at_most(cold, f"first call: {name}, nothing compiled before, s", facts.get("first_call_s"), command)
+        )
         if warm:
             second = facts.get("warm", {}).get("first_call_s")
             goals.append(at_most(warm, f"first call: {name}, in a second process, s", second, command))
