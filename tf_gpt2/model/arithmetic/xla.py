@@ -15,13 +15,16 @@ import tensorflow as tf
 
 from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.arithmetic.shapes import reshape_target
-from tf_gpt2.model.weights import LARGEST, AnyMatrix, Int4Matrix, Int8Matrix, Matrix, dequantize_4
+from tf_gpt2.model.weights import AnyMatrix, Int4Matrix, Int8Matrix, Matrix, dequantize_4
 
 JIT_COMPILE = True
 SORTS = False
 
-COLUMNS = 256
-"""Columns of a row that have one scale when several rows are rounded to 8 bits: each such block is a product."""
+MOST_ROWS_APART = 8
+"""Up to this many rows, an int8 weight is read once per row instead of being converted to float32 first.
+
+Measured: ``python -m benchmarks.compare``, AMD EPYC (AVX-512) and Intel Sapphire Rapids, 2026-11.
+"""
 
 prepare, transpose_heads, weighted_sum = plain.prepare, plain.transpose_heads, plain.weighted_sum
 places, write, owned, branch = plain.places, plain.write, plain.owned, plain.branch
@@ -54,28 +57,17 @@ def float_product(rows: tf.Tensor, w: Matrix) -> tf.Tensor:
 
 
 def int8_product(rows: tf.Tensor, w: Int8Matrix) -> tf.Tensor:
-    """Multiplies floats (R, n_in) by an 8-bit matrix, then by its scales.
-
-    Several rows are rounded to 8 bits, too: XLA has fast products of 8-bit integers, summed in 32 bits.
-    """
+    """Multiplies floats (R, n_in) by an 8-bit matrix, then by its scales."""
     value = tf.convert_to_tensor(w.value)
     if rows.shape[0] == 1:
-        return one_row_product(rows, value) * tf.cast(w.scale, rows.dtype)
-    y = tf.zeros((), tf.float32)
-    for first in range(0, value.shape[1], COLUMNS):
-        numbers, scale = round_rows(rows[:, first : first + COLUMNS])
-        part = tf.matmul(numbers, value[:, first : first + COLUMNS], transpose_b=True, output_type=tf.int32)
-        y += tf.cast(part, tf.float32) * scale
-    return tf.cast(y * w.scale, rows.dtype)
-
-
-def round_rows(rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Rounds each row to 8 bits: floats (R, n) -> int8 (R, n), and its scale, float32 (R, 1)."""
-    rows = tf.cast(rows, tf.float32)
-    largest = tf.reduce_max(tf.abs(rows), axis=1, keepdims=True)
-    scale = tf.where(largest > 0, largest, 1.0) / LARGEST  # a row with NaN gets NaN, and so does its product
-    scale = tf.where(tf.math.is_finite(tf.reduce_sum(rows, axis=1, keepdims=True)), scale, math.nan)
-    return tf.cast(tf.round(rows / scale), tf.int8), scale
+        y = one_row_product(rows, value)
+    elif rows.shape[0] in range(2, MOST_ROWS_APART + 1):
+        # map_fn, because XLA would compile one kernel per unrolled product
+        y = tf.map_fn(lambda row: one_row_product(row[None], value)[0], rows)
+        y = tf.ensure_shape(y, (rows.shape[0], value.shape[0]))
+    else:
+        y = tf.matmul(rows, tf.cast(cast_late(value, rows), rows.dtype), transpose_b=True)
+    return y * tf.cast(w.scale, rows.dtype)
 
 
 def int4_product(rows: tf.Tensor, w: Int4Matrix) -> tf.Tensor:
