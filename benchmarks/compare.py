@@ -11,7 +11,7 @@ kind of processor: ``results/compare`` has a file for each, and a run is compare
     python -m benchmarks.compare --against benchmarks/results/compare
     python -m benchmarks.compare --size toy --repetitions 1 --patience 0
     python -m benchmarks.compare --engines 'tf_gpt2:*' 'llama_cpp:*' --jobs decode
-    python -m benchmarks.compare --engines 'openvino:*' --output benchmarks/results/compare --add
+    python -m benchmarks.compare --engines 'tf_gpt2:int*' 'openvino:*' --output benchmarks/results/compare --add
 
 Peers need environments: 'make bench-peers'. With ``--against``, the exit code is 1 if ours got slower. With ``--add``
 the groups that were measured are put beside those in the file, so that one result can be measured in several runs.
