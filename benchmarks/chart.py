@@ -1,4 +1,4 @@
-"""Draws the stored comparison: decoding speed of each engine, one sequence and a batch.
+"""Draws the stored comparisons: decoding speed of each engine, one sequence and a batch, on each kind of processor.
 
 python -m benchmarks.chart
 
@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
 from benchmarks.engines import is_ours, label
 from benchmarks.summary import pages_of
@@ -28,18 +29,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "compare.json")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "compare", help="folder of one file per kind"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "speed.png")
     arguments = parser.parse_args()
     mpl.use("Agg")
-    draw(json.loads(arguments.result.read_text(encoding="utf-8")), arguments.output)
+    paths = sorted(arguments.results.glob("*.json"))
+    draw([json.loads(path.read_text(encoding="utf-8")) for path in paths], arguments.output)
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Writes one picture with a panel per job; engines are in the order of their decoding speed."""
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Writes one picture with a row of panels per kind of processor."""
+    heights = [0.36 * len(result["summary"]["tokens_per_s"]["decode"]) + 1.5 for result in results]
+    figure = plt.figure(figsize=(10, sum(heights)), layout="constrained")
+    rows = figure.subfigures(len(results), squeeze=False, height_ratios=heights)[:, 0]
+    for row, result in zip(rows, results, strict=True):
+        draw_kind(row, result)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_kind(figure: SubFigure, result: dict[str, Any]) -> None:
+    """Draws a panel per job; engines are in the order of their decoding speed."""
     rates = result["summary"]["tokens_per_s"]
     engines = sorted(rates["decode"], key=rates["decode"].get)
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 0.36 * len(engines) + 1.5), sharey=True)
+    panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (job, title) in zip(panels, PANELS.items(), strict=True):
         draw_bars(axes, engines, rates[job])
         axes.set_title(f"{title}, tokens/s", fontsize=11, color=TEXT_COLOR)
@@ -61,17 +76,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     settings, machine = result["settings"], result["machine"]
     trial = "A trial, no measurement: " if settings["size"] == "toy" else ""
     figure.suptitle(
-        f"{trial}GPT-2 {settings['size']} on {settings['threads']} threads of {machine['cpu']}, {result['date'][:10]}",
+        f"{trial}GPT-2 {settings['size']} on {settings['threads']} threads of {machine['cpu']} ({machine['kind']}), "
+        f"{result['date'][:10]}",
         fontsize=12,
         color=TEXT_COLOR,
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
 
 
 def draw_bars(axes: Axes, engines: list[str], rates: dict[str, float]) -> None:
-    values = [rates[engine] for engine in engines]
+    values = [rates.get(engine, 0.0) for engine in engines]
     colors = [OUR_COLOR if is_ours(engine) else PEER_COLOR for engine in engines]
     bars = axes.barh(range(len(engines)), values, color=colors)
     axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=9, color=TEXT_COLOR)

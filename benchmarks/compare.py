@@ -4,14 +4,14 @@ Weights are random, decoding is greedy and never stops early. Each engine is a p
 another runs. Engines run in groups that fit in memory, with ours in float32, int8 and int4 in each group; ratios are
 taken within a round of a group, and their median counts. Greedy ids are compared with ours of float32 before timing.
 Prefill ends with the first new token. Conversion to an engine's own format is not timed. The compile cache is a new
-folder, so that the first call compiles, and a second process finds the compiled code there. What is fast differs with
-kinds of processors: ``results/compare`` has a file for each, and a run is compared with that of its own kind.
+folder, so that the first call compiles, and a second process finds the compiled code there. What is fast differs by
+kind of processor: ``results/compare`` has a file for each, and a run is compared with that of its own.
 
     python -m benchmarks.compare
     python -m benchmarks.compare --against benchmarks/results/compare
     python -m benchmarks.compare --size toy --repetitions 1 --patience 0
     python -m benchmarks.compare --engines 'tf_gpt2:*' 'llama_cpp:*' --jobs decode
-    python -m benchmarks.compare --engines 'openvino:*' --output benchmarks/results/compare --add
+    python -m benchmarks.compare --engines 'tf_gpt2:int*' 'openvino:*' --output benchmarks/results/compare --add
 
 Peers need environments: 'make bench-peers'. With ``--against``, the exit code is 1 if ours got slower. With ``--add``
 the groups that were measured are put beside those in the file, so that one result can be measured in several runs.

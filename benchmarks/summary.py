@@ -5,6 +5,7 @@ Works on the stored JSON alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +27,9 @@ def summarize(result: Result) -> dict[str, Any]:
 
     Returns:
         ``tokens_per_s`` and ``seconds``, by job and engine; ``ratios``, by job, engine of ours and peer: our speed as a
-        multiple of the peer's; ``ceilings_tokens_per_s`` by size of pages; ``share_of_ceiling`` by engine: the speed of
-        decoding over that of reading the float32 weights; ``share_of_own_ceiling`` by engine of ours: over that of
-        reading the weights as they are kept.
+        multiple of the peer's, where they ran in the same rounds; ``ceilings_tokens_per_s`` by size of pages;
+        ``share_of_ceiling`` by engine: the speed of decoding over that of reading the float32 weights;
+        ``share_of_own_ceiling`` by engine of ours: over that of reading the weights as they are kept.
     """
     found = [job for job in JOBS if any(job in group["jobs"] for group in result["groups"])]
     engines = {job: sorted({engine for one in rounds_of(result, job) for engine in one["replies"]}) for job in found}
@@ -37,7 +38,11 @@ def summarize(result: Result) -> dict[str, Any]:
         "seconds": {job: {e: median(seconds(result, job, e)) for e in engines[job]} for job in found},
         "ratios": {
             job: {
-                ours: {peer: ratio(result, job, ours, peer) for peer in engines[job] if not is_ours(peer)}
+                ours: {
+                    peer: value
+                    for peer in engines[job]
+                    if not is_ours(peer) and not math.isnan(value := ratio(result, job, ours, peer))
+                }
                 for ours in engines[job]
                 if is_ours(ours)
             }

@@ -28,9 +28,9 @@ def print_result(result: Result) -> None:
     if result["n_disturbed"]:
         print(f"other programs disturbed {result['n_disturbed']} of {result['n_rounds']} rounds: run again in quiet")
     print_ours(result)
-    print("\ngoals")
+    print(f"\ngoals, on {result['machine']['cpu']} ({result['machine']['kind']})")
     for goal in result["goals"]:
-        word = {True: "reached", False: "missed", None: "not measured"}[goal["reached"]]
+        word = {True: "reached", False: f"missed on {goal['kind']}", None: "not measured"}[goal["reached"]]
         measured = "" if goal["measured"] is None else f"{goal['measured']:.2f}"
         print(f"  {goal['goal']:66} {measured:>6}  {word}")
 

@@ -95,6 +95,11 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def load_kinds() -> dict[str, dict[str, Any]]:
+    """Reads the stored comparison of each kind of processor."""
+    return {path.stem: load(f"compare/{path.stem}") for path in sorted((RESULTS / "compare").glob("*.json"))}
+
+
 def training_table() -> str:
     """Returns the tables of training steps, one for each kind of processor."""
     parts = []
@@ -125,24 +130,20 @@ def training_table() -> str:
 
 
 def generation_table() -> str:
-    """Returns the table of all engines, with machine, versions and date."""
-    result = load("compare")
+    """Returns the tables of all engines, one per kind of processor, and the goals side by side."""
+    kinds = load_kinds()
+    parts = [part for kind, result in kinds.items() for part in (f"### {kind}", kind_table(result))]
+    return "\n\n".join([*parts, "### Goals", goals_table(kinds)])
+
+
+def kind_table(result: dict[str, Any]) -> str:
+    """Returns the table of all engines on one kind of processor, with machine, versions and date."""
     lines = [
         "| | tokens/s | × our float32 | of the ceiling | batch 8, tokens/s | prefill 512 / 1000, s "
-        "| start + first call, s | peak, GB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for engine in by_speed(result):
-        tokens_per_s, seconds = result["summary"]["tokens_per_s"], result["summary"]["seconds"]
-        facts = result["engines"][engine]
-        lines.append(
-            f"| {label(result, engine)} | {tokens_per_s['decode'][engine]:.1f} | {relative(result, engine):.2f} "
-            f"| {result['summary']['share_of_ceiling'][engine]:.0%} | {tokens_per_s['batch'][engine]:.1f} "
-            f"| {seconds['prefill_512'][engine]:.2f} / {seconds['prefill_1000'][engine]:.2f} "
-            f"| {facts['ready_s']:.1f} + {facts['first_call_s']:.1f} | {facts['peak_bytes'] / 1e9:.2f} |"
-        )
-    lines += [
-        *(f"| {label(result, engine)} | not measured | | | | | | |" for engine in result["skipped"]),
+        "| position 1000 to 50 | start + first call, s | peak, GB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(engine_row(result, engine) for engine in by_speed(result)),
+        *(f"| {label(result, engine)} | not measured | | | | | | | |" for engine in result["skipped"]),
         "",
         caption(result),
     ]
@@ -157,7 +158,31 @@ def generation_table() -> str:
         "",
         partings(result),
     ]
-    return "\n".join([*lines, "", goals_table(result)])
+    return "\n".join(lines)
+
+
+def engine_row(result: dict[str, Any], engine: str) -> str:
+    """Returns an engine's row; what was not measured stays empty."""
+    summary, facts = result["summary"], result["engines"][engine]
+    rates, seconds = summary["tokens_per_s"], summary["seconds"]
+    near, far = (rates.get(f"position_{position}", {}).get(engine) for position in (50, 1000))
+    cells = [
+        label(result, engine),
+        f"{rates['decode'][engine]:.1f}",
+        f"{relative(result, engine):.2f}",
+        f"{summary['share_of_ceiling'][engine]:.0%}",
+        cell(rates.get("batch", {}).get(engine), ".1f"),
+        " / ".join(cell(seconds.get(f"prefill_{length}", {}).get(engine), ".2f") for length in (512, 1000)),
+        cell(near / far if near and far else None, ".2f"),
+        f"{facts['ready_s']:.1f} + {facts['first_call_s']:.1f}",
+        f"{facts['peak_bytes'] / 1e9:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def cell(value: float | None, form: str) -> str:
+    """Writes a figure; nothing for one that was not measured."""
+    return "" if value is None else format(value, form)
 
 
 def partings(result: dict[str, Any]) -> str:
@@ -177,58 +202,91 @@ def partings(result: dict[str, Any]) -> str:
 
 
 def short_generation_table() -> str:
-    """Returns the speeds alone."""
-    result = load("compare")
-    tokens_per_s, seconds = result["summary"]["tokens_per_s"], result["summary"]["seconds"]
+    """Returns the speeds alone, kinds of processors side by side."""
+    kinds = load_kinds()
+    engines = dict.fromkeys(engine for result in kinds.values() for engine in by_speed(result))
+    header = "".join(f" {kind}: tokens/s | batch 8, tokens/s | prefill of 512, s |" for kind in kinds)
     rows = [
-        f"| {label(result, engine)} | {tokens_per_s['decode'][engine]:.1f} | {tokens_per_s['batch'][engine]:.1f} "
-        f"| {seconds['prefill_512'][engine]:.2f} |"
-        for engine in by_speed(result)
+        f"| {next(label(result, engine) for result in kinds.values() if engine in result['labels'])} |"
+        + "".join(f" {' | '.join(short_cells(result, engine))} |" for result in kinds.values())
+        for engine in engines
     ]
-    return "\n".join(
-        [
-            "| | tokens/s | batch 8, tokens/s | prefill of 512, s |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            caption(result),
-        ]
-    )
+    captions = [f"{kind}: {caption(result)}" for kind, result in kinds.items()]
+    return "\n".join([f"| |{header}", f"|---|{'---|' * 3 * len(kinds)}", *rows, "", "\n\n".join(captions)])
+
+
+def short_cells(result: dict[str, Any], engine: str) -> list[str]:
+    """Returns an engine's three speeds on one kind of processor."""
+    rates, seconds = result["summary"]["tokens_per_s"], result["summary"]["seconds"]
+    found = (rates["decode"], ".1f"), (rates.get("batch", {}), ".1f"), (seconds.get("prefill_512", {}), ".2f")
+    return [cell(values.get(engine), form) for values, form in found]
 
 
 def speed_line() -> str:
-    """Returns one line per precision: tokens per second of one sequence, the fastest first."""
-    result = load("compare")
+    """Returns per kind of processor one line per precision: tokens per second of one sequence, the fastest first."""
+    return "\n\n".join(map(speed_of_kind, load_kinds().values()))
+
+
+def speed_of_kind(result: dict[str, Any]) -> str:
+    """Returns the lines of one kind of processor."""
     settings, rates = result["settings"], result["summary"]["tokens_per_s"]["decode"]
     lines = [
         f"Tokens per second of GPT-2 {settings['size']}, one sequence, {settings['threads']} threads of an "
-        f"{result['machine']['cpu']}, {result['date'][:10]}."
+        f"{processor(result)}, {result['date'][:10]}."
     ]
-    for words, names in (("32-bit floats", ("float32", "f32")), ("8-bit weights", ("int8", "q8_0"))):
+    bits = {"32-bit floats": ("float32", "f32"), "8-bit weights": ("int8", "q8_0"), "4-bit weights": ("int4", "q4_0")}
+    for words, names in bits.items():
         alike = [engine for engine in by_speed(result) if engine.partition(":")[2] in names]
         found = [f"{name_of(result, engine)} {rates[engine]:.0f}" for engine in alike]
-        lines.append(f"With {words}: {', '.join(found)}.")
+        lines += [f"With {words}: {', '.join(found)}."] if found else []
     return "\n".join(lines) + warning(result)
 
 
-def goals_table(result: dict[str, Any]) -> str:
-    """Returns each goal with what was measured; a toy reaches none."""
-    if result["settings"]["size"] == "toy":
+def processor(result: dict[str, Any]) -> str:
+    """Names the processor and its kind."""
+    return f"{result['machine']['cpu']} ({result['machine']['kind']})"
+
+
+def goals_table(kinds: dict[str, dict[str, Any]]) -> str:
+    """Returns each goal with what was measured on each kind of processor; a toy reaches none."""
+    if any(result["settings"]["size"] == "toy" for result in kinds.values()):
         return "The goals are for the real shapes."
-    words = {True: "reached", False: "**missed**", None: "not measured"}
+    found = {kind: {goal["goal"]: goal for goal in result["goals"]} for kind, result in kinds.items()}
+    goals = {name: goal for of_kind in found.values() for name, goal in of_kind.items()}
     rows = [
-        f"| {goal['goal']} | {'' if goal['measured'] is None else format(goal['measured'], '.2f')} "
-        f"| {words[goal['reached']]} | `{goal['command']}` |"
-        for goal in [*result["goals"], tokenizer_goal()]
+        f"| {name} | {' | '.join(goal_cell(of_kind.get(name)) for of_kind in found.values())} | `{goal['command']}` |"
+        for name, goal in goals.items()
     ]
-    return "\n".join(["| goal | measured | | `python -m benchmarks.` … |", "|---|---|---|---|", *rows])
+    rows += [
+        f"| {goal['goal']} | {' | '.join(goal_cell(goal if kind == goal['kind'] else None) for kind in kinds)} "
+        f"| `{goal['command']}` |"
+        for goal in tokenizer_goals()
+    ]
+    lines = [f"| goal | {' | '.join(kinds)} | `python -m benchmarks.` … |", f"|---|{'---|' * len(kinds)}---|"]
+    return "\n".join([*lines, *rows])
 
 
-def tokenizer_goal() -> dict[str, Any]:
-    """Returns the goal for ``Encoder``, from a result of its own."""
-    measured = load("tokenizer")["ratio_to_tiktoken"]["encoder_warm"]
-    goal = "tokenizer: to tiktoken, one thread, with a warm cache ≥ 0.5"
-    return {"goal": goal, "measured": measured, "reached": measured >= 0.5, "command": "tokenizer"}
+def goal_cell(goal: dict[str, Any] | None) -> str:
+    """Returns what was measured, and whether that reaches the goal."""
+    if goal is None or goal["measured"] is None:
+        return "not measured"
+    return f"{goal['measured']:.2f}, {'reached' if goal['reached'] else '**missed**'}"
+
+
+def tokenizer_goals() -> list[dict[str, Any]]:
+    """Returns the goals for ``Encoder``, from a result of its own."""
+    result = load("tokenizer")
+    return [
+        {
+            "goal": f"tokenizer: to tiktoken, one thread, with a {cache} cache ≥ 0.5",
+            "kind": result["machine"]["kind"],
+            "measured": measured,
+            "reached": measured >= 0.5,
+            "command": "tokenizer",
+        }
+        for cache in ("warm", "cold")
+        for measured in [result["ratio_to_tiktoken"][f"encoder_{cache}"]]
+    ]
 
 
 def by_speed(result: dict[str, Any]) -> list[str]:
@@ -264,8 +322,14 @@ def caption(result: dict[str, Any]) -> str:
         f"{settings['threads']} threads, {settings['pages']} pages, "
         f"medians of {settings['repetitions']}; ceiling {ceilings(result)} tokens/s; products "
         f"{result['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s; "
-        f"{machine['cpu']}, {machine['n_cores']} cores, {result['date'][:10]}.{warning(result)}"
+        f"{processor(result)}, {machine['n_cores']} cores{sets(result)}, {result['date'][:10]}.{warning(result)}"
     )
+
+
+def sets(result: dict[str, Any]) -> str:
+    """Names the instruction sets, where they were noted."""
+    found = result["machine"].get("instruction_sets", [])
+    return f" with {', '.join(found)}" if found else ""
 
 
 def ceilings(result: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from hypothesis import given, settings, strategies as st
 from tf_gpt2.checkpoint.load import get_encoder
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.tokenizer import encoder as encoder_module
-from tf_gpt2.tokenizer.encoder import CHUNK, PATTERN, WHITE_SPACE, Encoder, bytes_to_unicode
+from tf_gpt2.tokenizer.encoder import ASCII_PATTERN, CHUNK, PATTERN, WHITE_SPACE, Encoder, bytes_to_unicode
 
 # Unassigned code points (Cn) stay out of what is compared: the libraries have different versions of Unicode's tables,
 # so what is unassigned to one is a letter to another. Surrogates (Cs) have a test of their own.
@@ -183,6 +183,15 @@ def test_chunks_cut_only_where_pieces_end(text):
     assert all(regex.findall(PATTERN, piece) == [piece] for piece in regex.findall(PATTERN, text))
 
 
+@COMPARED
+@given(
+    st.text(st.characters(max_codepoint=0x7F))
+    | st.lists(st.sampled_from([*APOSTROPHES[:9], *" \t\n\x1c\x1fa1!"])).map("".join)
+)
+def test_ascii_text_is_cut_as_the_pattern_cuts_it(text):
+    assert ASCII_PATTERN.findall(text) == regex.findall(PATTERN, text)
+
+
 def test_white_space_is_what_the_pattern_calls_so():
     characters = "".join(map(chr, range(0x110000)))
     assert re.findall(f"[{WHITE_SPACE}]", characters) == regex.findall(r"\s", characters)
@@ -233,6 +242,8 @@ def test_merges_in_any_order_are_done_as_by_the_naive_algorithm(merges, piece):
     assert encoder.bpe(piece) == " ".join(expected)
     assert encoder.encode(piece) == [encoder.encoder[token] for token in expected]
     assert encoder.decode(encoder.encode(piece)) == piece
+    for merge in (encoder_module._merge_short, encoder_module._merge_long):
+        assert merge(list(piece), encoder.bpe_ranks) == expected
 
 
 def test_a_round_is_finished_before_what_it_made_is_merged():

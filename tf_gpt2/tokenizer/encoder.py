@@ -19,7 +19,7 @@ import json
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -33,6 +33,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """Cuts text into pieces. Source: openai/gpt-2, ``src/encoder.py``."""
+
+ASCII_PATTERN = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+"""Cuts text of ASCII characters as ``PATTERN`` does, twice as fast."""
 
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 r"""The characters that ``\s`` matches in ``PATTERN``; in ``re`` it matches U+001C to U+001F, too. Source: Unicode."""
@@ -57,6 +60,12 @@ MOST_BYTES = 1 << 28
 
 REMEDY = "download the checkpoint again, as with tf_gpt2.download_gpt2_files"
 COPY = "copy it from the checkpoint that the weights were trained from, or download it with tf_gpt2.download_gpt2_files"
+
+SHORT = 32
+"""Most symbols of a piece for which looking through all ranks at each merge is faster than keeping them in order."""
+
+NEVER = MAX_ID + 1
+"""The rank of a pair that does not merge."""
 
 Pair = tuple[str, str]
 
@@ -299,8 +308,11 @@ class Encoder:
 
     def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
         # Pieces and chunks share the cache: a piece that is a text by itself is again one piece.
+        pieces = ASCII_PATTERN.findall(chunk) if chunk.isascii() else self.pat.findall(chunk)
+        if len(pieces) == 1:
+            return self._encode_piece(chunk)
         ids: list[int] = []
-        for piece in self.pat.findall(chunk):
+        for piece in pieces:
             ids += self.cache.get(piece) or self._encode_piece(piece)
         return self._remember(chunk, tuple(ids))
 
@@ -376,13 +388,36 @@ class Encoder:
 def _merge(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:
     """Merges neighbours: each round takes the pair of lowest rank and merges it wherever it stands, left to right.
 
-    Keeps a linked list over ``symbols`` and the places of each rank, so that the work grows with the number of merges
-    done, not with its square. A round ends before the pairs that it made are merged, so any order of ranks is right.
+    A round ends before the pairs that it made are merged, so any order of ranks is right.
 
     Args:
         symbols: of one piece, (n,); the list is changed.
         ranks: the ranks of the pairs that may merge, all different.
     """
+    return _merge_short(symbols, ranks) if len(symbols) <= SHORT else _merge_long(symbols, ranks)
+
+
+def _merge_short(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:
+    """Looks through all ranks for each merge, so that the work grows with the square of the length."""
+    rank_of = ranks.get
+    rank_at = [
+        *map(rank_of, pairwise(symbols), repeat(NEVER)),
+        NEVER,
+    ]  # The rank of the pair that begins at each place.
+    while (rank := min(rank_at)) != NEVER:
+        while rank in rank_at:  # From left to right; what a round makes has other ranks.
+            place = rank_at.index(rank)
+            both = symbols[place] = symbols[place] + symbols.pop(place + 1)
+            del rank_at[place]
+            if place:
+                rank_at[place - 1] = rank_of((symbols[place - 1], both), NEVER)
+            if place + 1 < len(symbols):
+                rank_at[place] = rank_of((both, symbols[place + 1]), NEVER)
+    return symbols
+
+
+def _merge_long(symbols: list[str], ranks: Mapping[Pair, int]) -> list[str]:
+    """Keeps a linked list over ``symbols`` and the places of each rank: the work grows with the number of merges."""
     rank_at = [*map(ranks.get, pairwise(symbols)), None]  # The rank of the pair that begins at each place.
     before, after = list(range(-1, len(symbols))), [*range(1, len(symbols) + 1), -1]
     symbols.append("")  # A symbol that never merges: behind the last one and, as index -1, before the first.
