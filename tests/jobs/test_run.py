@@ -211,7 +211,7 @@ def test_killed_workers_are_replaced_and_nothing_is_lost(inputs, tmp_path, monke
 
 def test_a_part_that_ends_every_worker_ends_the_job(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(workers.sys, "executable", "/bin/false")
-    with pytest.raises(workers.JobError, match=r"part 0 \(a.jsonl, from line 1\) ended 3 workers.*exit code 1"):
+    with pytest.raises(workers.JobError, match=r"part \d \(a.jsonl, from line \d+\) ended 3 workers.*exit code 1"):
         run(JOB, [inputs], tmp_path / "out", **OPTIONS, engine=on_processes(1 + 1))
 
 

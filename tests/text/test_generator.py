@@ -96,7 +96,7 @@ def test_bfloat16_halves_the_weights(generator):
     assert half.generate("To be", max_new_tokens=3, jit_compile=False)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64", "int4", "", None, "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int2", "", None, "mixed_bfloat16"])
 def test_other_dtypes_are_refused_with_the_valid_ones(dtype):
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16") as caught:
         TextGenerator.from_checkpoint(embedded_dir(), dtype=dtype)

@@ -343,7 +343,7 @@ def test_ids_in_gaps_and_beyond_int32():
         module.decode(tf.constant([[missing]]))
     wide = vocabulary([]) | {"ab": 2**31}
     with pytest.raises(ValueError, match=r"encoder has ids from 0 to 2147483648; .*int32"):
-        InGraphEncoder(Encoder(wide, []))
+        InGraphEncoder(Encoder(wide, [("a", "b")]))
 
 
 # ---- a SavedModel of it

@@ -66,12 +66,12 @@ def test_the_result_is_a_folder_that_loads(base, text, tmp_path, options):
     ]
     assert sorted(path.name for path in (out / "training").iterdir()) == ["events", "log.csv", "losses.png"]
     generator = TextGenerator.load(out)
-    tuned = generator.score(TEXT[:200], jit_compile=False).total
-    assert tuned > TextGenerator.load(base).score(TEXT[:200], jit_compile=False).total
+    tuned = generator.perplexity(TEXT[:400], jit_compile=False).nll
+    assert tuned < TextGenerator.load(base).perplexity(TEXT[:400], jit_compile=False).nll
     if "lora_rank" in options:
         dtype = options.get("dtype", "float32")
         apart = TextGenerator.load(base, dtype=dtype, adapter=out / "adapter")
-        assert apart.score(TEXT[:200], jit_compile=False).total == pytest.approx(tuned, rel=1e-3)
+        assert apart.perplexity(TEXT[:400], jit_compile=False).nll == pytest.approx(tuned, rel=1e-3)
         words = ["generate", *named(base), "--dtype", dtype, "--adapter", str(out / "adapter")]
         assert cli.main([*words, "--max_new_tokens=2", "The"]) == 0
     with pytest.raises(CheckpointError, match="holds a model already"):

@@ -76,7 +76,8 @@ def test_generation_and_scores_count_the_additions(dtype, jit_compile):
     options = {"max_new_tokens": 4, "jit_compile": jit_compile}
     assert generate(model, prompts, **options).ids == generate(wide, prompts, **options).ids
     ours, theirs = (score(m, IDS.tolist(), jit_compile=jit_compile) for m in (model, wide))
-    np.testing.assert_allclose(ours[0].logprobs, theirs[0].logprobs, atol=1e-3)
+    # what an 8-bit matrix is multiplied by may be rounded to 8 bits, too
+    np.testing.assert_allclose(ours[0].logprobs, theirs[0].logprobs, atol=1e-3 if dtype == "float32" else 0.1)
 
 
 def test_two_ranks_of_one_shape_of_model_do_not_meet():

@@ -66,7 +66,7 @@ class InGraphEncoder(tf.Module):
         # An array of objects, because an array of byte strings would drop a NUL at the end.
         self._tokens = tf.constant(np.array([encoder.decode_bytes([token_id]) for token_id in ids], object))
 
-    def encode(self, texts: tf.Tensor, *, allowed_special: str | Collection[str] = ()) -> tf.RaggedTensor:
+    def encode(self, texts: tf.Tensor, allowed_special: str | Collection[str] = ()) -> tf.RaggedTensor:
         """Turns texts into ids, as ``Encoder.encode`` does, by default never into special ones.
 
         Args:

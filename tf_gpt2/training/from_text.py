@@ -209,7 +209,7 @@ def about(recipe: Recipe, model: GPT2Model, training: Ids, held_out: Ids) -> dic
 def weights_fingerprint(model: GPT2Model) -> str:
     """Returns a name for the weights that a run starts from."""
     digest = hashlib.blake2b(digest_size=8)
-    for variable in model.variables:
+    for variable in model.weights:  # not ``variables``, which has the seeds of Keras's own dropout
         digest.update(variable.numpy().tobytes())
     return digest.hexdigest()
 
