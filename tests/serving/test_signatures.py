@@ -461,7 +461,7 @@ def test_a_vocabulary_without_end_of_text(toy):
     assert found["finish_reason"][1].decode().startswith("error: text must not be empty")
     assert texts(found)[::2] == toy.generate(["hi", "hi hi"], max_new_tokens=5, jit_compile=False)
     scored = call(functions["score"], text=["hi hi hi"])
-    wanted = toy.score("hi hi hi", after_end_of_text=False)
+    wanted = toy.score("hi hi hi", after_end_of_text=False, jit_compile=False)
     assert scored["logprobs"][0, 0] == 0  # behind nothing
     np.testing.assert_allclose(scored["logprobs"][0, 1:], wanted.logprobs[1:], atol=1e-4)
     assert scored["total"][0] == pytest.approx(wanted.total, abs=1e-3)
