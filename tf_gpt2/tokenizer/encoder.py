@@ -378,7 +378,8 @@ class Encoder:
         for text, token in self.special_tokens.items():
             if not isinstance(text, str) or not text:
                 raise ValueError(f"special_tokens must have texts as names, got {text!r}")
-            if type(token.id) is not int or not 0 <= token.id <= MAX_ID:
+            is_of_vocabulary = self.encoder.get(self._symbols(text)) == token.id
+            if not is_of_vocabulary and (type(token.id) is not int or not 0 <= token.id <= MAX_ID):
                 raise ValueError(f"special_tokens must have ids in [0, {MAX_ID}], got {token.id!r} for {text!r}")
             symbols = self._symbols(text)
             if self.decoder.setdefault(token.id, symbols) != symbols:
