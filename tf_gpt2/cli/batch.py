@@ -18,6 +18,7 @@ from tf_gpt2.cli.options import (
     add_generation_options,
     add_model_options,
     add_speed_options,
+    add_stride_option,
     find_model,
     generation_settings,
     positive,
@@ -40,7 +41,7 @@ def add_batch(commands: Commands) -> argparse.ArgumentParser:
         ("generate", "continue each text", add_generate_options, generate_job),
         ("score", "log-probability of each token", add_score_options, score_job),
         ("embed", "a vector for each text", add_embed_options, embed_job),
-        ("perplexity", "how well each text is predicted", add_perplexity_options, perplexity_job),
+        ("perplexity", "how well each text is predicted", add_stride_option, perplexity_job),
     ):
         job = jobs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {DESCRIPTION}")
         job.set_defaults(run=run_batch, make_job=make_job)
@@ -103,17 +104,6 @@ def add_embed_options(command: argparse.ArgumentParser) -> None:
     """Adds the options of ``batch embed``."""
     command.add_argument(
         "--pooling", choices=("mean", "last"), default="mean", help="of the last hidden states of all tokens"
-    )
-
-
-def add_perplexity_options(command: argparse.ArgumentParser) -> None:
-    """Adds the options of ``batch perplexity``."""
-    command.add_argument(
-        "--stride",
-        type=positive,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="by how many tokens the window moves on (default: half the window)",
     )
 
 

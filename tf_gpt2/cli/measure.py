@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from tf_gpt2.cli.options import Commands, add_model_options, add_speed_options, find_model, load_generator, positive
+from tf_gpt2.cli.options import (
+    Commands,
+    add_model_options,
+    add_speed_options,
+    add_stride_option,
+    find_model,
+    load_generator,
+)
 from tf_gpt2.cli.streams import Terminal, open_terminal, quiet_tensorflow, read_argument, read_utf8, write
 
 if TYPE_CHECKING:
@@ -34,13 +41,7 @@ def add_perplexity(commands: Commands) -> argparse.ArgumentParser:
     command.set_defaults(run=run_perplexity)
     command.add_argument("file", metavar="FILE", help="text in UTF-8; - reads it from standard input")
     add_model_options(command)
-    command.add_argument(
-        "--stride",
-        type=positive,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="by how many tokens the window moves on (default: half the window)",
-    )
+    add_stride_option(command)
     add_speed_options(command)
     command.add_argument("--json", action="store_true", help="print one line of JSON")
     return command

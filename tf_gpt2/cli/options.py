@@ -85,6 +85,17 @@ def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {**settings, "max_new_tokens": options.n_tokens_to_generate, "stop": stops}
 
 
+def add_stride_option(command: argparse.ArgumentParser) -> None:
+    """Adds the option of what measures perplexity."""
+    command.add_argument(
+        "--stride",
+        type=positive,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="by how many tokens the window moves on (default: half the window)",
+    )
+
+
 def add_speed_options(command: argparse.ArgumentParser) -> None:
     """Adds the options that decide how fast a model runs."""
     command.set_defaults(computes=True)
