@@ -52,7 +52,7 @@ test-native-sanitized:  ## the native kernels under the address and undefined-be
 test-jobs: .venv/jobs.stamp  ## jobs on a Spark cluster of this machine (needs Java), and in Beam's local runner
 	$(BIN)/python -m pytest -rs --durations=5 tests/jobs/engines/test_spark.py
 	TF_GPT2_PEERS_DIR=.peers $(BIN)/python -m benchmarks.environments $(BEAM)
-	.peers/$(BEAM)/bin/python -m pytest -rs --durations=5 tests/jobs/engines/test_beam.py
+	.peers/$(BEAM)/bin/python -m pytest -rs --durations=5 tests/jobs/engines/test_beam_runner.py
 
 fuzz: .venv/test.stamp  ## compare the tokenizer in the graph with Encoder on 200,000 random strings
 	$(BIN)/python tests/tokenizer/fuzz_in_graph.py

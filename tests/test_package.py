@@ -55,6 +55,12 @@ def test_an_unknown_name_is_an_attribute_error():
         tf_gpt2.GPT3Model  # noqa: B018
 
 
+def test_modules_of_tests_have_names_of_their_own():
+    """The tests' folders are no packages: pytest imports a module by its name alone, and refuses a second one."""
+    names = [path.name for path in ROOT.glob("tests/**/*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_import_is_light():
     program = "import sys, tf_gpt2; tf_gpt2.Encoder; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from huggingface import PYTHON, pytestmark  # noqa: F401
 from reference import lively_params
-from test_huggingface import PYTHON, pytestmark  # noqa: F401
 
 from tf_gpt2 import GPT2Config, GPT2Model, beam_search
 from tf_gpt2.checkpoint.params import leaves

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from asking import make_sampling
-from test_huggingface import PYTHON, pytestmark  # noqa: F401
+from huggingface import PYTHON, pytestmark  # noqa: F401
 
 from tf_gpt2 import GPT2Config
 from tf_gpt2.generation.choose import filter_logits

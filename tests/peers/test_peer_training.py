@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_huggingface import PYTHON, lively_params, pytestmark  # noqa: F401  # skips where the environment is missing
+from huggingface import PYTHON, lively_params, pytestmark  # noqa: F401  # skips where the environment is missing
 
 from benchmarks.peers.protocol import write_model
 from tf_gpt2 import GPT2Config, GPT2Model

@@ -2,21 +2,14 @@
 
 import contextlib
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface import PYTHON, lively_params, pytestmark  # noqa: F401
 
 from tf_gpt2 import GPT2Config, GPT2Model, generate
-from tf_gpt2.checkpoint.params import leaves, map_leaves, random_params
+from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.config import SIZES
-
-PEERS_DIR = os.environ.get("TF_GPT2_PEERS_DIR", "")
-PYTHON = Path(PEERS_DIR, "huggingface", "bin", "python")
-pytestmark = pytest.mark.skipif(
-    not PEERS_DIR or not PYTHON.exists(),
-    reason="TF_GPT2_PEERS_DIR names no folder with huggingface/bin/python; 'make test-peers' makes one",
-)
 
 LARGEST = 1e-5
 """Bound on the largest difference of logits, relative to the largest logit; rounding makes 1e-6."""
@@ -49,13 +42,6 @@ def make_pair(tmp_path):
             return model, stack.enter_context(worker)
 
         yield make
-
-
-def lively_params(config):
-    """Random biases and gains; weights so large that gelu and softmax curve, positions that weigh more than tokens."""
-    scales = {"w": 0.9 / (0.02 * np.sqrt(config.n_embd)), "wpe": 5}
-    params = random_params(config, seed=7, bias_scale=0.3)
-    return map_leaves(lambda path, leaf: leaf * np.float32(scales.get(path.rpartition("/")[2], 1)), params)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_huggingface import PEERS_DIR, PYTHON, lively_params, pytestmark  # noqa: F401
+from huggingface import PEERS_DIR, PYTHON, lively_params, pytestmark  # noqa: F401
 
 import tf_gpt2
 from tf_gpt2 import Encoder, GPT2Config, GPT2Model, generate
