@@ -56,7 +56,7 @@ def odd_model(odd_config, odd_params):
 def run_python():
     """Runs a program in an interpreter of its own; a crash or a hang there is a failure here."""
 
-    def run(program, *arguments, timeout=120):
+    def run(program, *arguments, timeout=300):
         command = [sys.executable, "-c", program, *map(str, arguments)]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
