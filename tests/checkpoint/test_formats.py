@@ -78,6 +78,13 @@ def test_all_variations_come_back(varied, tmp_path, assert_same_bits, name):
     assert_same_bits(again.get_params(), varied.get_params())
 
 
+def test_another_file_of_safetensors_does_not_stand_for_the_model(saved, tmp_path):
+    shutil.copytree(saved / "huggingface", tmp_path / "x")
+    shutil.copy(tmp_path / "x" / "model.safetensors", tmp_path / "x" / "better.safetensors")
+    with pytest.raises(CheckpointError, match=r"no model at .*better\.safetensors"):
+        tf_gpt2.load(tmp_path / "x" / "better.safetensors")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_door_opens_every_format(saved, model, name):
     wanted = np.asarray(model(IDS))
