@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import logging
+import os
 import random
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -178,6 +180,50 @@ def test_what_exists_is_replaced_only_when_asked(model, tmp_path):
     (tmp_path / "x" / "mine.txt").write_text("")
     tf_gpt2.save(model, None, tmp_path / "x", format="huggingface", overwrite=True)
     assert sorted(files_of(tmp_path / "x")) == ["config.json", "model.safetensors"]
+
+
+def with_lora(**options):
+    model = make(CONFIG, **options)
+    model.enable_lora(2)
+    for block in model.blocks:
+        block.attn.c_attn.lora_b.assign(np.full(block.attn.c_attn.lora_b.shape, 0.1))
+    return model
+
+
+@pytest.mark.parametrize("name", ["huggingface", "keras"])
+@pytest.mark.parametrize("kind", ["lora", "int8", "int4", "int8 and lora"])
+def test_other_matrices_are_saved_as_the_numbers_that_they_stand_for(tmp_path, name, kind):
+    options = {"quantization": kind[:4]} if kind.startswith("int") else {}
+    model = with_lora(**options) if "lora" in kind else make(CONFIG, **options)
+    again, _ = tf_gpt2.load(tf_gpt2.save(model, PLAIN, tmp_path / "x", format=name))
+    assert again.lora is None
+    np.testing.assert_allclose(np.asarray(again(IDS)), np.asarray(model(IDS)), rtol=0, atol=1e-4)
+
+
+def test_what_is_there_stays_when_it_cannot_be_replaced(model, tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").write_text("")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tf_gpt2.save(model, None, tmp_path / "x", format="huggingface", overwrite=True)
+    assert list(files_of(tmp_path / "x")) == ["old"]
+
+
+def test_the_current_folder_and_a_pipe_as_targets(model, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    tf_gpt2.save(model, None, ".", format="huggingface")
+    assert sorted(files_of(tmp_path / "empty")) == ["config.json", "model.safetensors"]
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(FileExistsError, match="a device or a pipe"):
+        tf_gpt2.save(model, None, tmp_path / "pipe.gguf", format="gguf", overwrite=True)
 
 
 @pytest.mark.parametrize("name", FORMATS)
