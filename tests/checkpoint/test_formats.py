@@ -242,6 +242,17 @@ def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch, name):
     assert list(files_of(tmp_path / "x")) == ["old"]
 
 
+def test_added_tokens_beyond_the_model_are_left_out_and_told(saved, tmp_path, caplog):
+    shutil.copytree(saved / "huggingface", tmp_path / "x")
+    file = tmp_path / "x" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] += [{"id": 1029, "content": "<|user|>"}, {"id": 1030, "content": "[PAD]"}]
+    file.write_text(json.dumps(content))
+    _, encoder = tf_gpt2.load(tmp_path / "x")
+    assert encoder.special_tokens.keys() == {"<|endoftext|>", "<|user|>"}
+    assert "no embedding of the added tokens [PAD]" in caplog.text
+
+
 def test_weights_without_a_vocabulary_load_and_refuse_text(model, tmp_path):
     folder = tf_gpt2.save(model, None, tmp_path / "x", format="huggingface")
     generator = TextGenerator.load(folder)

@@ -92,6 +92,8 @@ def check(config: GPT2Config, encoder: Encoder | None, format: str, dtype: str) 
         raise ValueError(f"encoder has ids up to {max(encoder.decoder)} and model n_vocab={config.n_vocab}")
     if format in ("openai", "keras"):
         vocabulary.check_openai(encoder)
+    elif format == "huggingface":
+        vocabulary.named_vocabulary(encoder)
 
 
 @contextlib.contextmanager
