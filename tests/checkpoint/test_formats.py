@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 import pytest
 import reference
@@ -21,6 +22,7 @@ from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.text.conversation import Conversation
 from tf_gpt2.text.saving import FORMATS
+from tf_gpt2.tokenizer.encoder import SpecialToken
 
 PLAIN = Encoder.from_files(embedded_dir())
 CONFIG = GPT2Config(n_vocab=1030, n_ctx=20, n_embd=32, n_head=4, n_layer=2)
@@ -158,13 +160,18 @@ def test_two_formats_in_a_folder_are_told(saved, tmp_path, model, caplog):
 
 
 def test_what_a_format_cannot_express_is_refused_before_anything_is_written(varied, model, tmp_path):
-    special = Encoder(PLAIN.encoder, PLAIN.bpe_ranks, special_tokens={"word": 1024})
+    special, flagged, twice = (
+        Encoder(PLAIN.encoder, PLAIN.bpe_ranks, special_tokens=tokens)
+        for tokens in ({"word": 1024}, {"<mask>": SpecialToken(1024, lstrip=True)}, {"ab": 1024})
+    )
     for arguments, options, message in [
         ((varied, PLAIN), {"format": "gguf"}, "cannot express activation='gelu'"),
         ((model, PLAIN), {"format": "onnx"}, "format must be one of openai, huggingface, keras, gguf"),
         ((model, PLAIN), {"dtype": "float16"}, "dtype must be 'float32' with format='openai'"),
         ((model, special), {}, "cannot express the special tokens"),
         ((model, special), {"format": "keras"}, "cannot express the special tokens"),
+        ((model, flagged), {"format": "gguf"}, "cannot express lstrip"),
+        ((model, twice), {"format": "huggingface"}, "cannot express the special tokens ab"),
         ((make(dataclasses.replace(CONFIG, n_vocab=9)), PLAIN), {}, "encoder has ids up to 1023"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -311,6 +318,18 @@ def test_damaged_bytes_in_keras_files_are_read_or_refused(saved, tmp_path):
         except CheckpointError:
             n_refused += 1
     assert n_refused > 40
+
+
+def test_numbers_that_keras_files_lack_are_no_zeros(saved, tmp_path):
+    source = saved / "keras" / "model.keras"
+    keras.saving.load_model(source).save_weights(tmp_path / "model.weights.h5")
+    shutil.copy(saved / "keras" / "hparams.json", tmp_path)
+    with h5py.File(tmp_path / "model.weights.h5", "r+") as store:
+        shape = store["vars/0"].shape
+        del store["vars/0"]
+        store.create_dataset("vars/0", shape, "f4", chunks=(2, 2))  # takes no room in the file
+    with pytest.raises(CheckpointError, match="wte: is compressed, or lacks numbers"):
+        formats.open_weights(tmp_path)
 
 
 def test_keras_files_that_refer_elsewhere_are_refused(saved, model, tmp_path):

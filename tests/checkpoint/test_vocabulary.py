@@ -223,6 +223,11 @@ def test_other_vocabularies_in_gguf_are_refused_with_a_sentence(tmp_path):
             vocabulary.read_gguf_encoder(tmp_path / "x.gguf").encode("a")
 
 
+def test_a_vocabulary_in_gguf_that_puts_tokens_around_texts_is_refused():
+    with pytest.raises(ValueError, match="adds special tokens to each text"):
+        vocabulary.encoder_from_gguf(entries_of(PLAIN, 1024) | {"tokenizer.ggml.add_bos_token": True})
+
+
 def test_openai_s_files_cannot_have_every_special_token(tmp_path):
     vocabulary.check_openai(PLAIN)
     for special in ({"<|endoftext|>": 1023, "word": 1024}, {}, {"<|endoftext|>": SpecialToken(1023, lstrip=True)}):

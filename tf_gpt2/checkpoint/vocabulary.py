@@ -314,6 +314,8 @@ def encoder_from_gguf(metadata: Mapping[str, Any]) -> Encoder:
     kind, cutting = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or cutting not in ("gpt-2", "gpt2"):
         raise OtherTokenizerError(f"it is of the kind {str(kind)[:40]!r}, {str(cutting)[:40]!r}")
+    if metadata.get("tokenizer.ggml.add_bos_token") or metadata.get("tokenizer.ggml.add_eos_token"):
+        raise OtherTokenizerError("it adds special tokens to each text (add_bos_token, add_eos_token)")
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
     kinds = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     rows = list(enumerate(zip(tokens, kinds, strict=True)))
@@ -351,6 +353,17 @@ def gguf_entries(encoder: Encoder, n_vocab: int) -> list[tuple[str, int, Any]]:
         *((f"tokenizer.ggml.{name}_token_id", gguf.UINT32, end) for name in ids),
         ("tokenizer.ggml.add_bos_token", gguf.BOOL, False),
     ]
+
+
+def check_gguf(encoder: Encoder) -> None:
+    """Raises ValueError for special tokens that take or mind what is beside them, which GGUF has no place for."""
+    tokens = encoder.special_tokens.items()
+    flagged = [text for text, token in tokens if token.lstrip or token.rstrip or token.single_word]
+    if flagged:
+        raise ValueError(
+            f"format='gguf' cannot express lstrip, rstrip and single_word of the special tokens "
+            f"{', '.join(flagged[:10])}; take format='huggingface'"
+        )
 
 
 def merge_lines(encoder: Encoder) -> list[str]:

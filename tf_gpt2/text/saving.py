@@ -94,6 +94,8 @@ def check(config: GPT2Config, encoder: Encoder | None, format: str, dtype: str) 
         vocabulary.check_openai(encoder)
     elif format == "huggingface":
         vocabulary.named_vocabulary(encoder)
+    else:
+        vocabulary.check_gguf(encoder)
 
 
 @contextlib.contextmanager
