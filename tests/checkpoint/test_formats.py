@@ -20,6 +20,9 @@ from tf_gpt2.checkpoint import formats, keras_files
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.errors import CheckpointError
+from tf_gpt2.jobs.compute import GenerateWork
+from tf_gpt2.jobs.kinds import Generate
+from tf_gpt2.jobs.records import Record
 from tf_gpt2.text.conversation import Conversation
 from tf_gpt2.text.saving import FORMATS
 from tf_gpt2.tokenizer.encoder import SpecialToken
@@ -283,6 +286,9 @@ def test_ids_that_the_vocabulary_lacks_are_never_chosen():
     completions = [generator.complete("To be", **options), generator.complete("To be", temperature=2.0, **options)]
     completions.append(generator.complete("To be", suppress=[completions[0].ids[0]], **options))
     assert all(max(one.ids) < 1024 for one in completions)
+    work = GenerateWork(generator, Generate(max_new_tokens=6), 1, jit_compile=False)
+    (computed,) = work.compute([work.prepare(Record("a", "To be", {}))])
+    assert computed.values["ids"] == completions[0].ids
     assert completions[2].ids[0] != completions[0].ids[0]
     assert "".join(generator.stream("To be", **options)) == completions[0].text
     assert generator.beam_search("To be", num_beams=2, **options)  # decodes: it has no unknown ids
