@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import logging
+import os
 import random
 import shutil
+from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 import pytest
 import reference
@@ -17,8 +20,12 @@ from tf_gpt2.checkpoint import formats, keras_files
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.errors import CheckpointError
+from tf_gpt2.jobs.compute import GenerateWork
+from tf_gpt2.jobs.kinds import Generate
+from tf_gpt2.jobs.records import Record
 from tf_gpt2.text.conversation import Conversation
 from tf_gpt2.text.saving import FORMATS
+from tf_gpt2.tokenizer.encoder import SpecialToken
 
 PLAIN = Encoder.from_files(embedded_dir())
 CONFIG = GPT2Config(n_vocab=1030, n_ctx=20, n_embd=32, n_head=4, n_layer=2)
@@ -76,6 +83,13 @@ def test_all_variations_come_back(varied, tmp_path, assert_same_bits, name):
     again, _ = tf_gpt2.load(tf_gpt2.save(varied, PLAIN, tmp_path / name, format=name))
     assert again.config == VARIED
     assert_same_bits(again.get_params(), varied.get_params())
+
+
+def test_another_file_of_safetensors_does_not_stand_for_the_model(saved, tmp_path):
+    shutil.copytree(saved / "huggingface", tmp_path / "x")
+    shutil.copy(tmp_path / "x" / "model.safetensors", tmp_path / "x" / "better.safetensors")
+    with pytest.raises(CheckpointError, match=r"no model at .*better\.safetensors"):
+        tf_gpt2.load(tmp_path / "x" / "better.safetensors")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -149,13 +163,18 @@ def test_two_formats_in_a_folder_are_told(saved, tmp_path, model, caplog):
 
 
 def test_what_a_format_cannot_express_is_refused_before_anything_is_written(varied, model, tmp_path):
-    special = Encoder(PLAIN.encoder, PLAIN.bpe_ranks, special_tokens={"word": 1024})
+    special, flagged, twice = (
+        Encoder(PLAIN.encoder, PLAIN.bpe_ranks, special_tokens=tokens)
+        for tokens in ({"word": 1024}, {"<mask>": SpecialToken(1024, lstrip=True)}, {"ab": 1024})
+    )
     for arguments, options, message in [
         ((varied, PLAIN), {"format": "gguf"}, "cannot express activation='gelu'"),
         ((model, PLAIN), {"format": "onnx"}, "format must be one of openai, huggingface, keras, gguf"),
         ((model, PLAIN), {"dtype": "float16"}, "dtype must be 'float32' with format='openai'"),
         ((model, special), {}, "cannot express the special tokens"),
         ((model, special), {"format": "keras"}, "cannot express the special tokens"),
+        ((model, flagged), {"format": "gguf"}, "cannot express lstrip"),
+        ((model, twice), {"format": "huggingface"}, "cannot express the special tokens ab"),
         ((make(dataclasses.replace(CONFIG, n_vocab=9)), PLAIN), {}, "encoder has ids up to 1023"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -173,6 +192,50 @@ def test_what_exists_is_replaced_only_when_asked(model, tmp_path):
     assert sorted(files_of(tmp_path / "x")) == ["config.json", "model.safetensors"]
 
 
+def with_lora(**options):
+    model = make(CONFIG, **options)
+    model.enable_lora(2)
+    for block in model.blocks:
+        block.attn.c_attn.lora_b.assign(np.full(block.attn.c_attn.lora_b.shape, 0.1))
+    return model
+
+
+@pytest.mark.parametrize("name", ["huggingface", "keras"])
+@pytest.mark.parametrize("kind", ["lora", "int8", "int4", "int8 and lora"])
+def test_other_matrices_are_saved_as_the_numbers_that_they_stand_for(tmp_path, name, kind):
+    options = {"quantization": kind[:4]} if kind.startswith("int") else {}
+    model = with_lora(**options) if "lora" in kind else make(CONFIG, **options)
+    again, _ = tf_gpt2.load(tf_gpt2.save(model, PLAIN, tmp_path / "x", format=name))
+    assert again.lora is None
+    np.testing.assert_allclose(np.asarray(again(IDS)), np.asarray(model(IDS)), rtol=0, atol=1e-4)
+
+
+def test_what_is_there_stays_when_it_cannot_be_replaced(model, tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").write_text("")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tf_gpt2.save(model, None, tmp_path / "x", format="huggingface", overwrite=True)
+    assert list(files_of(tmp_path / "x")) == ["old"]
+
+
+def test_the_current_folder_and_a_pipe_as_targets(model, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    tf_gpt2.save(model, None, ".", format="huggingface")
+    assert sorted(files_of(tmp_path / "empty")) == ["config.json", "model.safetensors"]
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(FileExistsError, match="a device or a pipe"):
+        tf_gpt2.save(model, None, tmp_path / "pipe.gguf", format="gguf", overwrite=True)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch, name):
     (tmp_path / "x").mkdir()
@@ -187,6 +250,17 @@ def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch, name):
         tf_gpt2.save(model, PLAIN, tmp_path / "x", format=name, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert list(files_of(tmp_path / "x")) == ["old"]
+
+
+def test_added_tokens_beyond_the_model_are_left_out_and_told(saved, tmp_path, caplog):
+    shutil.copytree(saved / "huggingface", tmp_path / "x")
+    file = tmp_path / "x" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] += [{"id": 1029, "content": "<|user|>"}, {"id": 1030, "content": "[PAD]"}]
+    file.write_text(json.dumps(content))
+    _, encoder = tf_gpt2.load(tmp_path / "x")
+    assert encoder.special_tokens.keys() == {"<|endoftext|>", "<|user|>"}
+    assert "no embedding of the added tokens [PAD]" in caplog.text
 
 
 def test_weights_without_a_vocabulary_load_and_refuse_text(model, tmp_path):
@@ -212,6 +286,9 @@ def test_ids_that_the_vocabulary_lacks_are_never_chosen():
     completions = [generator.complete("To be", **options), generator.complete("To be", temperature=2.0, **options)]
     completions.append(generator.complete("To be", suppress=[completions[0].ids[0]], **options))
     assert all(max(one.ids) < 1024 for one in completions)
+    work = GenerateWork(generator, Generate(max_new_tokens=6), 1, jit_compile=False)
+    (computed,) = work.compute([work.prepare(Record("a", "To be", {}))])
+    assert computed.values["ids"] == completions[0].ids
     assert completions[2].ids[0] != completions[0].ids[0]
     assert "".join(generator.stream("To be", **options)) == completions[0].text
     assert generator.beam_search("To be", num_beams=2, **options)  # decodes: it has no unknown ids
@@ -247,6 +324,18 @@ def test_damaged_bytes_in_keras_files_are_read_or_refused(saved, tmp_path):
         except CheckpointError:
             n_refused += 1
     assert n_refused > 40
+
+
+def test_numbers_that_keras_files_lack_are_no_zeros(saved, tmp_path):
+    source = saved / "keras" / "model.keras"
+    keras.saving.load_model(source).save_weights(tmp_path / "model.weights.h5")
+    shutil.copy(saved / "keras" / "hparams.json", tmp_path)
+    with h5py.File(tmp_path / "model.weights.h5", "r+") as store:
+        shape = store["vars/0"].shape
+        del store["vars/0"]
+        store.create_dataset("vars/0", shape, "f4", chunks=(2, 2))  # takes no room in the file
+    with pytest.raises(CheckpointError, match="wte: is compressed, or lacks numbers"):
+        formats.open_weights(tmp_path)
 
 
 def test_keras_files_that_refer_elsewhere_are_refused(saved, model, tmp_path):

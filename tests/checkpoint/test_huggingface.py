@@ -152,6 +152,24 @@ def test_a_damaged_config_is_a_checkpoint_error(tmp_path, content):
         huggingface.read_config(tmp_path)
 
 
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    tensors = by_name(PARAMS)
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {"transformer.ln_f.bias": "b.safetensors"}
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({"transformer.ln_f.bias": tensors["transformer.ln_f.bias"] + 1}, tmp_path / "b.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(KEYS))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"ln_f.bias is in .*a\.safetensors and in b\.safetensors"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_a_tied_embedding_may_have_the_heads_name(tmp_path, prefix):
+    tensors = by_name(PARAMS, prefix)
+    tensors["lm_head.weight"] = tensors.pop(f"{prefix}wte.weight")
+    assert_weights(read(write(tmp_path, tensors)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

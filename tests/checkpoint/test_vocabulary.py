@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tf_gpt2.checkpoint import gguf, vocabulary
 from tf_gpt2.checkpoint.download import embedded_dir
@@ -19,6 +19,7 @@ ADDED = [
     AddedToken("<|user|>", normalized=True),
     AddedToken("<mask>", lstrip=True, special=True, normalized=False),
     AddedToken(" right>", rstrip=True, normalized=True),
+    AddedToken("\n", lstrip=True, rstrip=True, normalized=False),
     AddedToken("word", single_word=True, normalized=False),
 ]
 
@@ -34,7 +35,23 @@ def peer(pre_tokenizer=None, added=ADDED, **options):
 
 def random_texts(n):
     rng = random.Random(7)
-    parts = [*(token.content for token in ADDED), " ", "  ", "\n", "To be", "é", "🙂", "<|", "12", "'s", "words", "[PA"]
+    # U+001C is white space for Python, and not for the tokenizers package
+    parts = [
+        *(token.content for token in ADDED),
+        "\x1c",
+        "\u3000",
+        " ",
+        "  ",
+        "\n",
+        "To be",
+        "é",
+        "🙂",
+        "<|",
+        "12",
+        "'s",
+        "words",
+        "[PA",
+    ]
     return ["".join(rng.choices(parts, k=rng.randrange(12))) for _ in range(n)]
 
 
@@ -78,10 +95,60 @@ def test_the_older_files_are_read(tmp_path):
     merges = tmp_path / "merges.txt"
     merges.write_text(merges.read_text().partition("\n")[2])  # without the line #version
     encoder = vocabulary.read_huggingface_encoder(tmp_path)
-    assert encoder.special_tokens.keys() == {"<|endoftext|>", "<|user|>"}  # [PAD] has no id
+    assert encoder.special_tokens.keys() == {"<|endoftext|>", "<|user|>", "[PAD]"}
+    assert encoder.special_tokens["[PAD]"] == SpecialToken(1025, lstrip=True)  # no file numbers it: the next id
     assert encoder.end_of_text == 1024
     assert encoder.encode("To be") == PLAIN.encode("To be")
     assert vocabulary.read_huggingface_encoder(tmp_path, end_id=1023).end_of_text == 1023
+
+
+def test_special_tokens_of_the_other_files_are_added_to_those_of_tokenizer_json(tmp_path):
+    peer(added=ADDED[:1]).save(str(tmp_path / "tokenizer.json"))
+    settings = {"eos_token": None, "pad_token": "[PAD]", "added_tokens_decoder": {"1024": {"content": "<|user|>"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|bot|>": 1025}))
+    encoder = vocabulary.read_huggingface_encoder(tmp_path)
+    ids = {text: token.id for text, token in encoder.special_tokens.items()}
+    assert ids == {"<|endoftext|>": 1023, "<|user|>": 1024, "<|bot|>": 1025, "[PAD]": 1026}
+
+
+def test_names_that_stand_in_the_vocabulary_as_their_text(tmp_path):
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer, trained.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    names = ["<s>", "<|用户|>", "two words"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(["To be or not to be"], trainer)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    encoder = vocabulary.read_huggingface_encoder(tmp_path)
+    text = "To be<|用户|> two words<s>"
+    assert encoder.encode(text, allowed_special="all") == trained.encode(text).ids
+    assert encoder.decode(trained.encode(text).ids) == text
+    vocabulary.write_huggingface(encoder, tmp_path, 9)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == trained.encode(text).ids
+
+
+def test_what_is_written_has_the_same_ids_whatever_they_are(tmp_path):
+    special = {"<|endoftext|>": 1023, "[PAD]": 1028, "<|用户|>": 1026}
+    vocabulary.write_huggingface(Encoder(PLAIN.encoder, PLAIN.bpe_ranks, special_tokens=special), tmp_path, 9)
+    found = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert {text: found.token_to_id(text) for text in special} == special
+    twice = Encoder(PLAIN.encoder, PLAIN.bpe_ranks, special_tokens={"ab": 1024})
+    with pytest.raises(ValueError, match="cannot express the special tokens ab"):
+        vocabulary.write_huggingface(twice, tmp_path, 9)
+
+
+def test_any_token_may_end_texts(tmp_path):
+    peer().save(str(tmp_path / "tokenizer.json"))
+    space = PLAIN.encode(" ")[0]
+    assert vocabulary.read_huggingface_encoder(tmp_path, end_id=space).end_of_text == space
+
+
+def with_first(tokenizer):
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 1023)]
+    )
+    return tokenizer
 
 
 @pytest.mark.parametrize(
@@ -91,10 +158,11 @@ def test_the_older_files_are_read(tmp_path):
         (peer(pre_tokenizers.ByteLevel(add_prefix_space=True)), "does not cut text as GPT-2 does"),
         (peer(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)), "does not cut text as GPT-2 does"),
         (peer(dropout=0.1), "it has dropout"),
+        (with_first(peer()), "it adds special tokens to each text"),
         (Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")), "it is not byte-pair encoding"),
         (Tokenizer(models.Unigram([("a", 0.0)])), "it is not byte-pair encoding"),
     ],
-    ids=["white space", "prefix space", "no cutting", "dropout", "WordPiece", "Unigram"],
+    ids=["white space", "prefix space", "no cutting", "dropout", "template", "WordPiece", "Unigram"],
 )
 def test_other_tokenizers_are_refused_with_a_sentence(tmp_path, tokenizer, reason):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -153,6 +221,11 @@ def test_other_vocabularies_in_gguf_are_refused_with_a_sentence(tmp_path):
         gguf.write(tmp_path / "x.gguf", config, leaves(random_params(config)), "float32", entries)
         with pytest.raises(CheckpointError, match="no tokenizer that can be used here"):
             vocabulary.read_gguf_encoder(tmp_path / "x.gguf").encode("a")
+
+
+def test_a_vocabulary_in_gguf_that_puts_tokens_around_texts_is_refused():
+    with pytest.raises(ValueError, match="adds special tokens to each text"):
+        vocabulary.encoder_from_gguf(entries_of(PLAIN, 1024) | {"tokenizer.ggml.add_bos_token": True})
 
 
 def test_openai_s_files_cannot_have_every_special_token(tmp_path):

@@ -1,6 +1,7 @@
 """Special tokens: only where they are allowed, the first and longest, in Python and in the graph."""
 
 import random
+import time
 
 import pytest
 import tensorflow as tf
@@ -91,6 +92,19 @@ def test_white_space_and_words_count_as_asked(plain):
     assert encode("[latex] late") == [2004, *plain.encode(" "), 2003]
     with pytest.raises(ValueError, match="allowed_special has tokens that"):
         InGraphEncoder(encoder).encode(tf.constant(["a"]), allowed_special="all")
+
+
+def test_names_may_be_any_iterable(encoder):
+    assert encoder.encode("[PAD]", allowed_special=iter(["[PAD]"])) == [1024]
+
+
+def test_the_work_grows_with_the_length(plain):
+    encoder = Encoder(
+        plain.encoder, plain.bpe_ranks, special_tokens={"#": SpecialToken(2000, lstrip=True, rstrip=True)}
+    )
+    started = time.monotonic()
+    assert len(encoder.encode("ab # " * 40_000, allowed_special="all")) >= 80_000
+    assert time.monotonic() - started < 5
 
 
 def test_unknown_names_are_named(encoder):

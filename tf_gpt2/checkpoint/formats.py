@@ -76,7 +76,7 @@ OF_FILES: Mapping[str, str] = MappingProxyType(
         gguf.SUFFIX: "gguf",
         keras_files.SUFFIX: "keras",
         keras_files.WEIGHTS_SUFFIX: "keras",
-        ".safetensors": "huggingface",
+        f"/{huggingface.WEIGHTS}": "huggingface",
         f"/{huggingface.CONFIG}": "huggingface",
         f"/{HPARAMS}": "openai",
     }
@@ -103,7 +103,7 @@ def recognize(path: str | Path) -> tuple[str, Path]:
     if name is None or not is_file(path):
         raise CheckpointError(
             f"no model at {path}: it is not a folder, and not a file named {HPARAMS}, {huggingface.CONFIG}, "
-            f"*.safetensors, *.keras, *.weights.h5 or *.gguf; download a model with 'tf-gpt2 download 124M'"
+            f"{huggingface.WEIGHTS}, *.keras, *.weights.h5 or *.gguf; download a model with 'tf-gpt2 download 124M'"
         )
     return name, path.parent if name in OF_FOLDERS else path
 

@@ -82,7 +82,7 @@ _WITHOUT_EFFECT = """
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens auto_map
-    custom_pipelines license torch_compile _commit_hash
+    custom_pipelines license torch_compile _commit_hash _attn_implementation_autoset xla_device
 """
 WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())
 """Keys that change no logit: names, what transformers computes in, training, other heads, how it generates."""
@@ -181,11 +181,13 @@ def open_weights(folder: Path, config: GPT2Config) -> Iterator[tuple[str, Stored
     Raises:
         CheckpointError: at once, when a file is missing or damaged, or tensors are missing, misshapen or unexpected.
     """
-    tensors = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path).items()}
-    prefix = PREFIX if PREFIX + TABLES["wte"] in tensors else ""
+    tensors = read_files(folder)
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
     expected = {name_in(path, prefix): (path, tuple(shape)) for path, shape in leaves(param_shapes(config))}
     if config.tie_word_embeddings and HEAD in tensors:
-        check_tied(folder, tensors.pop(HEAD), tensors.get(name_in("wte", prefix)))
+        head, wte = tensors.pop(HEAD), name_in("wte", prefix)
+        # of two names of one tensor, some writers keep the head's
+        check_tied(folder, head, tensors.setdefault(wte, head))
     problems = [f"{name}: missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name][1]:
@@ -201,15 +203,28 @@ def open_weights(folder: Path, config: GPT2Config) -> Iterator[tuple[str, Stored
     return ((path, tensors[name]) for name, (path, _) in expected.items())
 
 
+def read_files(folder: Path) -> dict[str, StoredTensor]:
+    """Reads the lists of all files with weights; raises CheckpointError for a tensor that is in two of them."""
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        for name, tensor in read_tensors(path).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{name[:200]} is in {tensors[name].path} and in {path.name}; copy the folder again from its source"
+                )
+            tensors[name] = tensor
+    return tensors
+
+
 def name_in(path: str, prefix: str) -> str:
     """Returns a leaf's name in a file; the head stands outside of the base model, and has no prefix."""
     name = tensor_name(path)
     return name if name == HEAD else prefix + name
 
 
-def check_tied(folder: Path, head: StoredTensor, wte: StoredTensor | None) -> None:
+def check_tied(folder: Path, head: StoredTensor, wte: StoredTensor) -> None:
     """Raises CheckpointError for a stored head that differs from the embedding although the config ties them."""
-    if wte is None or not are_equal(head, wte):
+    if not are_equal(head, wte):
         raise CheckpointError(
             f"{folder} has a {HEAD} that is not the token embedding, and its {CONFIG} ties them; if the model has a "
             f'head of its own, write "tie_word_embeddings": false there'

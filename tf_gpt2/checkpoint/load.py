@@ -5,6 +5,7 @@ Imports TensorFlow only for weights in OpenAI's format.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,9 @@ from tf_gpt2.checkpoint.index import is_file, is_folder
 from tf_gpt2.checkpoint.params import Tree, map_leaves, param_shapes
 from tf_gpt2.config import SIZES, GPT2Config, read_hparams
 from tf_gpt2.errors import CheckpointError
-from tf_gpt2.tokenizer.encoder import Encoder
+from tf_gpt2.tokenizer.encoder import END_OF_TEXT, Encoder
+
+logger = logging.getLogger(__name__)
 
 
 def read_huggingface_encoder(folder: Path) -> Encoder:
@@ -77,12 +80,30 @@ def read_encoder_and_config(folder: str | Path) -> tuple[Encoder, GPT2Config]:
     """
     name, path = recognize(folder)
     encoder, config = ENCODERS[name](path), FORMATS[name].read_config(path)
+    if name == "huggingface":
+        encoder = without_tokens_beyond(encoder, config.n_vocab)
     if max(encoder.decoder, default=0) >= config.n_vocab:
         raise CheckpointError(
             f"the files in {folder} do not fit each other: encoder has {len(encoder)} tokens and model "
             f"n_vocab={config.n_vocab}, ids up to {max(encoder.decoder)}; take both files from one folder"
         )
     return encoder, config
+
+
+def without_tokens_beyond(encoder: Encoder, n_vocab: int) -> Encoder:
+    """Leaves out the added tokens that a model has no row for, and says so in the log at level WARNING.
+
+    transformers adds a token such as ``[PAD]`` to a tokenizer alone, without the model.
+    """
+    words = set(encoder.encoder.values())
+    beyond = {text for text, token in encoder.special_tokens.items() if n_vocab <= token.id and token.id not in words}
+    if not beyond or len(encoder) == 0:
+        return encoder
+    logger.warning("the model has no embedding of the added tokens %s: they are left out", ", ".join(sorted(beyond)))
+    kept = {text: token for text, token in encoder.special_tokens.items() if text not in beyond}
+    end = None if encoder.end_of_text is None else encoder.decode([encoder.end_of_text])
+    merges = sorted(encoder.bpe_ranks, key=encoder.bpe_ranks.__getitem__)
+    return Encoder(encoder.encoder, merges, special_tokens=kept, end_of_text=end or END_OF_TEXT)
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str | Path) -> tuple[Encoder, dict[str, Any], Tree]:

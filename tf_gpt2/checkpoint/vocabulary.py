@@ -31,6 +31,15 @@ VOCABULARY, MERGES = "vocab.json", "merges.txt"
 OTHERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 """Files of tokenizers that are not byte-level BPE."""
 
+ROLES = (
+    *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+    *("additional_special_tokens", "extra_special_tokens"),
+)
+"""Keys of ``tokenizer_config.json`` and ``special_tokens_map.json`` that name special tokens."""
+
+CUTTING = ("type", "add_prefix_space", "use_regex")
+"""Keys of ``pre_tokenizer`` that decide the ids."""
+
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 """GPT-2's way to cut text, in ``tokenizer.json``."""
 
@@ -54,13 +63,13 @@ def read_huggingface_encoder(folder: Path, end_id: object = None) -> Encoder:
         CheckpointError: when a file is damaged.
     """
     try:
-        vocabulary, merges, special = read_parts(folder)
-        settings = read_if_there(folder / TOKENIZER_CONFIG)
+        vocabulary, merges, listed = read_parts(folder)
+        settings, named = read_if_there(folder / TOKENIZER_CONFIG), read_if_there(folder / SPECIAL)
         if settings.get("add_prefix_space"):
             raise OtherTokenizerError("its tokenizer_config.json asks for a space before each text (add_prefix_space)")
-        end = END_OF_TEXT
-        for file in (settings, read_if_there(folder / SPECIAL)):
-            end = token_text(file.get("eos_token")) or end
+        special = with_others(listed, vocabulary, [*settings_tokens(folder, settings), *named_tokens(settings, named)])
+        end = token_text(named.get("eos_token")) or token_text(settings.get("eos_token")) or END_OF_TEXT
+        vocabulary = without_names(vocabulary, special)
         encoder = Encoder(vocabulary, merges, special_tokens=special, end_of_text=end)
         if isinstance(end_id, int) and end_id in encoder.decoder and end_id != encoder.end_of_text:
             end = encoder.decode([end_id])
@@ -79,7 +88,7 @@ def read_parts(folder: Path) -> tuple[dict[str, int], list[Pair], dict[str, Spec
         return parts_of_tokenizer(read_json(folder / TOKENIZER))
     if (folder / VOCABULARY).exists() and (folder / MERGES).exists():
         vocabulary = read_json(folder / VOCABULARY)
-        return checked_vocabulary(vocabulary), read_merges(folder / MERGES), special_beside(folder, vocabulary)
+        return checked_vocabulary(vocabulary), read_merges(folder / MERGES), {}
     found = next((name for name in OTHERS if (folder / name).exists()), None)
     raise OtherTokenizerError(f"{found} is of another kind" if found else f"{TOKENIZER} is missing")
 
@@ -89,8 +98,10 @@ def parts_of_tokenizer(content: Mapping[str, Any]) -> tuple[dict[str, int], list
     model, cutting = content.get("model"), content.get("pre_tokenizer")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
         raise OtherTokenizerError("it is not byte-pair encoding")
-    if not isinstance(cutting, dict) or any(cutting.get(key, value) != value for key, value in BYTE_LEVEL.items()):
+    if not isinstance(cutting, dict) or any(cutting.get(key, BYTE_LEVEL[key]) != BYTE_LEVEL[key] for key in CUTTING):
         raise OtherTokenizerError("it does not cut text as GPT-2 does (pre_tokenizer)")
+    if "SpecialToken" in json.dumps(content.get("post_processor")):
+        raise OtherTokenizerError("it adds special tokens to each text (post_processor)")
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     set_options = [name for name in options if model.get(name)]
     if content.get("normalizer") is not None or set_options:
@@ -98,12 +109,12 @@ def parts_of_tokenizer(content: Mapping[str, Any]) -> tuple[dict[str, int], list
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     if any(len(pair) != 2 or not all(isinstance(part, str) for part in pair) for pair in merges):
         raise OtherTokenizerError("its merges are not pairs")
-    added = content.get("added_tokens") or []
     special = {}
-    for entry in added:
+    for entry in content.get("added_tokens") or []:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
             raise OtherTokenizerError("its added_tokens are damaged")
-        special[entry["content"]] = special_token(entry.get("id"), entry)
+        if entry["content"]:  # the tokenizers package passes over empty ones, too
+            special[entry["content"]] = special_token(entry.get("id"), entry)
     return checked_vocabulary(model.get("vocab")), merges, special  # type: ignore[return-value]
 
 
@@ -137,20 +148,49 @@ def read_merges(path: Path) -> list[Pair]:
     return pairs_of([line for line in lines if line])
 
 
-def special_beside(folder: Path, vocabulary: Mapping[str, int]) -> dict[str, SpecialToken]:
-    """Collects the special tokens from the files beside ``vocab.json``."""
-    special = {END_OF_TEXT: SpecialToken(vocabulary[END_OF_TEXT])} if END_OF_TEXT in vocabulary else {}
-    for text, token_id in read_if_there(folder / ADDED).items():
-        special[text] = special_token(token_id, {})
-    settings = read_if_there(folder / TOKENIZER_CONFIG)
-    for key, entry in (settings.get("added_tokens_decoder") or {}).items():
-        special[entry["content"]] = special_token(int(key), entry)
-    for value in read_if_there(folder / SPECIAL).values():
-        for entry in value if isinstance(value, list) else [value]:
-            name = token_text(entry)
-            if name is not None and name in vocabulary and name not in special:
-                special[name] = special_token(vocabulary[name], entry if isinstance(entry, dict) else {})
-    return special
+Listed = tuple[str, int | None, Mapping[str, Any]]
+"""A special token in a list: its text, its id if the list tells it, its flags."""
+
+
+def settings_tokens(folder: Path, settings: Mapping[str, Any]) -> list[Listed]:
+    """Lists the special tokens in ``added_tokens.json`` and ``added_tokens_decoder``, the flags of the latter first."""
+    decoder = (settings.get("added_tokens_decoder") or {}).items()
+    listed: list[Listed] = [(entry["content"], int(key), entry) for key, entry in decoder]
+    return listed + [(text, token_id, {}) for text, token_id in read_if_there(folder / ADDED).items()]
+
+
+def named_tokens(settings: Mapping[str, Any], named: Mapping[str, Any]) -> list[Listed]:
+    """Lists the special tokens that have a role, in the order in which transformers numbers new ones."""
+    listed: list[Listed] = [(END_OF_TEXT, None, {})]
+    for role in ROLES:
+        for value in (named.get(role), settings.get(role)):
+            for entry in value if isinstance(value, list) else [value]:
+                if text := token_text(entry):
+                    listed.append((text, None, entry if isinstance(entry, dict) else {}))
+    return listed
+
+
+def with_others(
+    special: Mapping[str, SpecialToken], vocabulary: Mapping[str, int], others: list[Listed]
+) -> dict[str, SpecialToken]:
+    """Adds special tokens to those of ``tokenizer.json``: with the vocabulary's id, their own, or the next one.
+
+    A token that the vocabulary has keeps the vocabulary's id in any case, as in the tokenizers package.
+    """
+    found = {text: dataclasses.replace(token, id=vocabulary.get(text, token.id)) for text, token in special.items()}
+    following = max([*vocabulary.values(), *(token.id for token in found.values())], default=-1) + 1
+    for text, token_id, flags in others:
+        if text in found or (text == END_OF_TEXT and token_id is None and text not in vocabulary):
+            continue
+        token = special_token(vocabulary.get(text, following if token_id is None else token_id), flags)
+        found[text], following = token, max(following, token.id + 1)
+    return found
+
+
+def without_names(vocabulary: Mapping[str, int], special: Mapping[str, SpecialToken]) -> dict[str, int]:
+    """Leaves out special tokens that stand in a vocabulary as their text, which is not the form of other tokens."""
+    names = {text for text in special if any(not "!" <= character <= "~" for character in text)}
+    return {token: token_id for token, token_id in vocabulary.items() if token not in names}
 
 
 def token_text(entry: object) -> str | None:
@@ -184,7 +224,10 @@ def write_huggingface(encoder: Encoder, folder: Path, n_ctx: int) -> None:
         for text, token in sorted(encoder.special_tokens.items(), key=lambda item: item[1].id)
     }
     ids = {text: encoder.special_tokens[text].id for text in added}
-    write_json(folder / TOKENIZER, tokenizer_of(encoder, [{"id": ids[text], **added[text]} for text in added]))
+    vocabulary = named_vocabulary(encoder)
+    write_json(
+        folder / TOKENIZER, tokenizer_of(encoder, vocabulary, [{"id": ids[text], **added[text]} for text in added])
+    )
     end = None if encoder.end_of_text is None else encoder.decode([encoder.end_of_text])
     named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
     settings = {
@@ -197,12 +240,28 @@ def write_huggingface(encoder: Encoder, folder: Path, n_ctx: int) -> None:
     }
     write_json(folder / TOKENIZER_CONFIG, settings)
     write_json(folder / SPECIAL, {name: text for name, text in named.items() if text is not None})
-    write_json(folder / VOCABULARY, encoder.encoder)
+    write_json(folder / VOCABULARY, vocabulary)
     lines = ["#version: 0.2", *merge_lines(encoder)]
     (folder / MERGES).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def tokenizer_of(encoder: Encoder, added: list[dict[str, Any]]) -> dict[str, Any]:
+def named_vocabulary(encoder: Encoder) -> dict[str, int]:
+    """Returns the vocabulary with each special token as its text: of others, the tokenizers package counts new ids.
+
+    Raises:
+        ValueError: when the text of a special token is that of another token, too.
+    """
+    ids = {token.id: text for text, token in encoder.special_tokens.items()}
+    vocabulary = {ids.get(i, encoder.decoder[i]): i for i in sorted(encoder.decoder)}
+    if len(vocabulary) < len(encoder.decoder):
+        twice = [text for i, text in ids.items() if encoder.encoder.get(text, i) != i]
+        raise ValueError(
+            f"tokenizer.json cannot express the special tokens {', '.join(twice[:10])}: others have the same names"
+        )
+    return vocabulary
+
+
+def tokenizer_of(encoder: Encoder, vocabulary: dict[str, int], added: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the content of ``tokenizer.json``."""
     model = {
         "type": "BPE",
@@ -213,7 +272,7 @@ def tokenizer_of(encoder: Encoder, added: list[dict[str, Any]]) -> dict[str, Any
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": False,
-        "vocab": encoder.encoder,
+        "vocab": vocabulary,
         "merges": [line.split(" ") for line in merge_lines(encoder)],
     }
     return {
@@ -255,6 +314,8 @@ def encoder_from_gguf(metadata: Mapping[str, Any]) -> Encoder:
     kind, cutting = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or cutting not in ("gpt-2", "gpt2"):
         raise OtherTokenizerError(f"it is of the kind {str(kind)[:40]!r}, {str(cutting)[:40]!r}")
+    if metadata.get("tokenizer.ggml.add_bos_token") or metadata.get("tokenizer.ggml.add_eos_token"):
+        raise OtherTokenizerError("it adds special tokens to each text (add_bos_token, add_eos_token)")
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
     kinds = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     rows = list(enumerate(zip(tokens, kinds, strict=True)))
@@ -292,6 +353,17 @@ def gguf_entries(encoder: Encoder, n_vocab: int) -> list[tuple[str, int, Any]]:
         *((f"tokenizer.ggml.{name}_token_id", gguf.UINT32, end) for name in ids),
         ("tokenizer.ggml.add_bos_token", gguf.BOOL, False),
     ]
+
+
+def check_gguf(encoder: Encoder) -> None:
+    """Raises ValueError for special tokens that take or mind what is beside them, which GGUF has no place for."""
+    tokens = encoder.special_tokens.items()
+    flagged = [text for text, token in tokens if token.lstrip or token.rstrip or token.single_word]
+    if flagged:
+        raise ValueError(
+            f"format='gguf' cannot express lstrip, rstrip and single_word of the special tokens "
+            f"{', '.join(flagged[:10])}; take format='huggingface'"
+        )
 
 
 def merge_lines(encoder: Encoder) -> list[str]:

@@ -111,6 +111,7 @@ class GenerateWork:
         self._shared: dict[str, Any] = {
             "stop_ids": generator.stop_ids(job.stop_at_end_of_text),
             "jit_compile": jit_compile,
+            **generator.without_unknown({}),
         }
         self._defaults = {name: getattr(job, name) for name in job.per_record}
         self._defaults |= {"stop": tuple(check_stops(job.stop))}

@@ -344,7 +344,8 @@ class TextGenerator:
 
         def search(several: Iterable[str]) -> Iterator[list[tuple[str, float]]]:
             rows = [self.encode_prompt(text) for text in check_texts("prompts", several)]
-            allowed: BeamOptions = {**options, "suppress": [*options.get("suppress", ()), *self.unknown_ids]}
+            asked = self.without_unknown({"suppress": options.get("suppress", ())})
+            allowed: BeamOptions = {**options, **asked}  # type: ignore[typeddict-unknown-key]
             result = beam_search(self.model, rows, stop_ids=self.stop_ids(stop_at_end_of_text), **allowed)
             for ids, scores in zip(result.ids, result.scores, strict=True):
                 yield list(zip(map(self.encoder.decode, ids), scores, strict=True))

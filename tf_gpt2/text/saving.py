@@ -38,7 +38,8 @@ def save(
     """Writes a model and its vocabulary; what the format cannot express is refused before anything is written.
 
     Args:
-        model: the model; 8-bit matrices are written as the floats that they stand for.
+        model: the model; 8-bit and 4-bit matrices, and those with LoRA, are written as the floats that they stand for,
+            but for 8-bit ones in a ``.keras`` file.
         encoder: its vocabulary; None writes weights and hyperparameters only.
         folder: to write to; with ``format="gguf"`` also a file's path that ends in ``.gguf``.
         format: ``"openai"``, the seven files, which other tools read if the architecture is OpenAI's;
@@ -91,6 +92,10 @@ def check(config: GPT2Config, encoder: Encoder | None, format: str, dtype: str) 
         raise ValueError(f"encoder has ids up to {max(encoder.decoder)} and model n_vocab={config.n_vocab}")
     if format in ("openai", "keras"):
         vocabulary.check_openai(encoder)
+    elif format == "huggingface":
+        vocabulary.named_vocabulary(encoder)
+    else:
+        vocabulary.check_gguf(encoder)
 
 
 @contextlib.contextmanager
@@ -100,9 +105,12 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         FileExistsError: when the target exists, and is no empty folder, and may not be replaced.
     """
+    target = target.absolute()  # "." has neither name nor parent
     is_empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not overwrite and not is_empty:
         raise FileExistsError(f"{target} exists already; choose another name, or overwrite it")
+    if target.exists() and not target.is_dir() and not target.is_file():
+        raise FileExistsError(f"{target} is a device or a pipe; choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     # beside the target, because a move must not cross file systems
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
@@ -110,9 +118,22 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
         yield made
         if target.is_dir() and not made.is_dir():
             raise FileExistsError(f"{target} is a folder; name a file")
+        move(made, target, Path(scratch) / "old")
+
+
+def move(made: Path, target: Path, old: Path) -> None:
+    """Moves what was made to its target, and what is there to ``old``; puts that back if it cannot."""
+    if target.is_file() and made.is_file():
+        made.replace(target)  # in one step
+        return
+    try:
         if target.exists():
-            target.rename(Path(scratch) / "old")
+            target.rename(old)
         made.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
 
 
 def arrays_of(model: GPT2Model) -> Iterator[tuple[str, np.ndarray]]:
@@ -143,10 +164,19 @@ def write_huggingface(folder: Path, model: GPT2Model, encoder: Encoder | None, d
 
 def write_keras(folder: Path, model: GPT2Model, encoder: Encoder | None, dtype: str) -> None:
     """Writes ``model.keras``, hyperparameters for people, and the vocabulary."""
-    keras_files.write(folder, model)
+    # load knows neither additions nor 4-bit matrices in such a file
+    is_readable = model.lora is None and model.quantization != "int4"
+    keras_files.write(folder, model if is_readable else as_floats(model))
     (folder / HPARAMS).write_text(json.dumps(model.config.to_hparams()) + "\n", encoding="utf-8")
     if encoder is not None:
         vocabulary.write_openai(encoder, folder)
+
+
+def as_floats(model: GPT2Model) -> GPT2Model:
+    """Makes a float32 model of the numbers that a model computes with."""
+    floats = GPT2Model(model.config, model.dropout)
+    floats.set_weights(model.get_params())
+    return floats
 
 
 def write_gguf(file: Path, model: GPT2Model, encoder: Encoder | None, dtype: str) -> None:

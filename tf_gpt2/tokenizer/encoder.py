@@ -43,8 +43,8 @@ r"""The characters that ``\s`` matches in ``PATTERN``; in ``re`` it matches U+00
 CHUNK = re.compile(f"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
 """Cuts text before each run of white space, where a piece always ends: white space only begins a piece."""
 
-WORD_START, WORD_END = regex.compile(r"\w"), regex.compile(r"\w\Z")
-"""Whether a text begins or ends inside a word."""
+WORD, SPACES = regex.compile(r"\w"), re.compile(f"[{WHITE_SPACE}]+")
+"""A character of a word; white space, without U+001C to U+001F, which ``str.strip`` takes, too."""
 
 MAX_CACHE_ENTRIES = 1 << 17
 """The cache is emptied when it has so many entries: about 20 MB for English, 100 MB for the worst text."""
@@ -187,7 +187,7 @@ class Encoder:
     def end_of_text(self) -> int | None:
         """The id of ``<|endoftext|>``, or of the token in its place; None when the vocabulary has no such token."""
         token = self.special_tokens.get(self._end_of_text)
-        return self.encoder.get(self._end_of_text) if token is None else token.id
+        return self.encoder.get(self._symbols(self._end_of_text)) if token is None else token.id
 
     def encode(self, text: str, *, allowed_special: str | Collection[str] = ()) -> list[int]:
         """Turns text into ids: by default never into special ones, ``<|endoftext|>`` is thirteen ordinary characters.
@@ -222,7 +222,7 @@ class Encoder:
         """Returns the special tokens that ``allowed_special`` names, sorted; raises ValueError for others."""
         if isinstance(allowed_special, str) and allowed_special != "all":
             raise ValueError(f'allowed_special must be "all" or a set of tokens, got {allowed_special!r}')
-        names = self.special_tokens if allowed_special == "all" else allowed_special
+        names = list(self.special_tokens if allowed_special == "all" else allowed_special)
         if unknown := sorted(str(name) for name in names if name not in self.special_tokens):
             known = ", ".join(list(self.special_tokens)[:20]) or "none"
             raise ValueError(f"allowed_special has {', '.join(unknown[:10])}; the special tokens are: {known}")
@@ -282,14 +282,16 @@ class Encoder:
         for match in self._special_pattern(names).finditer(part):
             token = self.special_tokens[match[0]]
             start, stop = match.span()
-            before, after = part[:start], part[stop:]
-            if token.single_word and (WORD_END.search(before) or WORD_START.match(after)):
+            if token.single_word and (WORD.match(part, start - 1, start) or WORD.match(part, stop)):
                 continue
             if token.lstrip:
-                start = max(len(before.rstrip()), end)
-            if token.rstrip:
-                stop += len(after) - len(after.lstrip())
-            pieces += [part[end:start], token.id]
+                while start > end and SPACES.match(part, start - 1):
+                    start -= 1
+                start = max(start, end)
+            if token.rstrip and (spaces := SPACES.match(part, stop)):
+                stop = spaces.end()
+            # white space that the token before took leaves nothing of this one
+            pieces += [part[end:start], token.id] if start < stop else []
             end = stop
         return [*pieces, part[end:]]
 
