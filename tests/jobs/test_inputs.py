@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -61,6 +62,34 @@ def test_rows_of_parquet_are_read_across_row_groups(tmp_path, part_size, monkeyp
         read_all(path, part_size, Embed())
 
 
+def test_text_of_parquet_that_is_not_utf8_is_a_bad_record_alone(tmp_path):
+    buffers = [None, pyarrow.py_buffer(np.array([0, 1, 2, 3], "<i4")), pyarrow.py_buffer(b"a\xffb")]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
+    pyarrow.parquet.write_table(pyarrow.table({"id": [7, 8, 9], "text": texts}), tmp_path / "a.parquet")
+    (part,) = plan(find_files([tmp_path / "a.parquet"]), Generate(), 5).parts
+    records = read_part(part)
+    assert [(record.id, record.text) for record in records] == [(7, "a"), (8, ""), (9, "b")]
+    assert [record.error and record.error.code for record in records] == [None, "invalid_utf8", None]
+
+
+def test_ids_of_parquet_are_integers_only_where_none_is_missing(tmp_path):
+    table = {"stop": [{"x": 1, "y": 2}] * 2, "id": [1, None], "text": ["a", "b"]}  # the struct makes two columns
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    (part,) = plan(find_files([tmp_path / "a.parquet"]), Generate(), 5).parts
+    assert id_type(part) == "STRING"
+
+
+def test_damaged_pages_of_parquet_are_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
+    content = bytearray(path.read_bytes())
+    content[4:40] = bytes(36)
+    path.write_bytes(content)
+    (part,) = plan(find_files([path]), Generate(), 5).parts
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        read_part(part)
+
+
 def test_a_part_ends_when_it_has_much_text(tmp_path, monkeypatch):
     monkeypatch.setattr("tf_gpt2.jobs.inputs.BYTES_PER_PART", 100)
     (tmp_path / "a.txt").write_text("x" * 60 + "\n" + ("y" * 60 + "\n") * 4)
@@ -90,6 +119,13 @@ def test_what_cannot_be_read_is_named_before_the_job(tmp_path, name, content, wo
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         read_all(tmp_path / name, 5)
+
+
+def test_one_file_by_several_names_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a[1].txt").write_text("1")
+    named = ["a[1].txt", "./a[1].txt", f"../{tmp_path.name}/a[1].txt", str(tmp_path / "*.txt")]
+    assert [file.name for file in find_files(named)] == ["a[1].txt"]
 
 
 def test_a_pattern_without_files_is_named(tmp_path):

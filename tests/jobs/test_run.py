@@ -101,6 +101,15 @@ def test_stopped_and_resumed_is_not_stopped(inputs, tmp_path):
     assert run(JOB, [inputs], out, **OPTIONS, resume=True).n_done == 0
 
 
+def test_a_pattern_that_finds_the_output_too_still_resumes(inputs, tmp_path):
+    pattern = tmp_path / "**" / "*.jsonl"
+    for name in ("out", "x/../out"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        summary = run(JOB, [pattern], tmp_path / name, **OPTIONS, resume=True)
+        assert summary.n_records == 40
+    assert summary.n_done == 0
+
+
 def test_a_lost_part_is_computed_again(inputs, tmp_path):
     run(JOB, [inputs], tmp_path / "out", **OPTIONS)
     before = contents(tmp_path / "out")

@@ -95,6 +95,9 @@ def test_large_files_are_mapped_and_found_again(file, monkeypatch):
         ("a.jsonl", b"[[", "line 1"),
         ("a.txt", b"", "at least 2 tokens"),
         ("none.txt", None, "cannot read"),
+        ("a.bin", b"", "at least 2 tokens"),
+        ("a.bin", b"abc", "3 bytes, must be"),
+        ("a.bin", np.array([data.LLM_C_MAGIC, 1] + [0] * 254, "<i4").tobytes(), "at least 2 tokens"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path, name, content, message):
@@ -159,6 +162,14 @@ def test_ids_in_several_arrays_are_one_row():
         np.testing.assert_array_equal(ids.read(start, 40), (start + np.arange(40)) % 30)
     np.testing.assert_array_equal(ids.part(5, 12).read(0, 7), whole[5:12])
     assert ids.fingerprint() == data.Ids([whole]).fingerprint() != data.Ids([whole[::-1]]).fingerprint()
+
+
+def test_another_id_anywhere_makes_another_fingerprint():
+    content = np.arange(5000, dtype=np.uint16)
+    before = data.Ids([content]).fingerprint()
+    assert data.Ids([content[:1234], content[1234:]]).fingerprint() == before
+    content[3333] += 1
+    assert data.Ids([content]).fingerprint() != before
 
 
 def test_wrong_numbers_are_named(file):

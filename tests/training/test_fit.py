@@ -1,5 +1,6 @@
 """``finetune``: what it learns, what it reports and writes, and that an interruption changes nothing."""
 
+import math
 import os
 import random
 import re
@@ -177,6 +178,13 @@ def test_the_dataset_is_one_for_plain_fit():
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"steps": 99}, "dataset has ended after 13 updates"),
         ({"accumulate": 99}, "fewer than accumulate=99"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"learning_rate": -1e-3}, "learning_rate must be above 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite, got -0.1"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0"),
+        ({"sample_every": -1}, "sample_every must be at least 0"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):
@@ -185,9 +193,30 @@ def test_wrong_arguments_are_named(options, message):
 
 
 def test_batches_of_changing_shape_are_refused():
+    dataset = tf.data.Dataset.from_tensors((np.ones((2, 9), np.int32),) * 2)
+    with pytest.raises(ValueError, match="rows of 9 ids, the model's window has 8"):
+        finetune(make_model(), dataset, steps=1)
     dataset = tf.data.Dataset.from_tensor_slices(np.ones((5, 8), np.int32)).batch(2)
     with pytest.raises(ValueError, match="one known shape"):
         finetune(make_model(), dataset.map(lambda x: (x, x)), steps=1)
+
+
+@pytest.mark.parametrize("with_validation", [True, False])
+def test_weights_that_the_last_update_has_ruined_are_no_result(tmp_path, with_validation):
+    """Its loss was measured before it, and no update follows that would notice."""
+    windows = data.held_out_windows(data.Ids([np.arange(40, dtype=np.uint16)]), n_ctx=8, batch_size=2)
+    options = {"validation": windows} if with_validation else {}
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        train(out=tmp_path, learning_rate=3e38, warmup_steps=0, weight_decay=0.0, steps=2, save_every=1, **options)
+    assert not state.checkpoints(tmp_path / "training")
+
+
+@pytest.mark.parametrize(("part", "value"), [(0, 53), (0, -1), (1, 53)])
+def test_ids_outside_the_vocabulary_are_refused(part, value):
+    parts = [np.ones((2, 8), np.int32), np.ones((2, 8), np.int32)]
+    parts[part][1, 3] = value
+    with pytest.raises(ValueError, match=f"{value} among its {('ids', 'targets')[part]}.*53"):
+        finetune(make_model(), tf.data.Dataset.from_tensors(tuple(parts)), progress=False)
 
 
 # ---- interruption
@@ -256,6 +285,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     model = make_model()
     assert train(model, out=tmp_path / "b", steps=12).history["loss"] == whole
     assert before.name.endswith("08")
+
+
+@pytest.mark.parametrize("name", [state.ARRAYS, state.STATE])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"PK\x03\x04"])
+def test_whatever_stands_in_a_damaged_checkpoint(tmp_path, name, content):
+    for update in (1, 2):
+        state.save(tmp_path, state.Progress(update=update), [np.ones(3)], {})
+    (state.checkpoints(tmp_path)[0] / name).write_bytes(content)
+    progress, (array,) = state.load(tmp_path, {})
+    assert progress.update == 1
+    assert array.tolist() == [1, 1, 1]
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):

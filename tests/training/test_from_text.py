@@ -98,11 +98,32 @@ def test_an_export_takes_an_adapter(base, tmp_path):
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"length": 999}, r"length must be in \[1, 32\]"),
         ({"dtype": "float16"}, "dtype must be one of"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"save_every": 0}, "save_every must be at least 1, got 0"),
+        ({"steps": None, "epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lora_alpha": 4.0}, "lora_alpha and lora_targets need lora_rank"),
+        ({"lora_targets": ("c_proj",)}, "lora_alpha and lora_targets need lora_rank"),
+        ({"validation": ["empty"]}, "validation must have at least 2 tokens"),
     ],
 )
-def test_options_that_do_not_go_together_are_named(base, text, tmp_path, options, message):
+def test_options_that_do_not_go_together_are_named(base, text, tmp_path, monkeypatch, options, message):
+    (tmp_path / "empty").touch()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         finetune_text(base, tmp_path / "out", Recipe(text=[text], **{**SHORT, **options}))
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.gguf", "holds a model already"), (None, "is a file")])
+def test_what_stands_at_the_place_of_the_result_is_left_alone(base, text, tmp_path, name, message):
+    out = tmp_path / "out"
+    if name is None:
+        out.touch()
+    else:
+        out.mkdir()
+        (out / name).write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=message):
+        finetune_text(base, out, Recipe(text=[text], **SHORT))
 
 
 def named(base):

@@ -11,7 +11,7 @@ from reference import forward, lively_params
 from tf_gpt2 import CheckpointError, Encoder, GPT2Config, GPT2Model, TextGenerator, generate
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.generation.scoring import score
-from tf_gpt2.training import finetune, load_lora, save_lora
+from tf_gpt2.training import NextTokenLoss, finetune, load_lora, save_lora
 
 CONFIG = GPT2Config(n_vocab=61, n_ctx=12, n_embd=12, n_head=3, n_layer=2)
 IDS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
@@ -110,6 +110,7 @@ def test_plain_fit_trains_the_additions_of_an_int8_model():
     [
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
         ({"alpha": -1}, "alpha must be above 0"),
+        ({"alpha": float("inf")}, "alpha must be above 0 and finite"),
         ({"targets": ["wte"]}, "targets must be among .* got \\['wte'\\]"),
         ({"targets": []}, "targets must be among"),
     ],
@@ -117,6 +118,27 @@ def test_plain_fit_trains_the_additions_of_an_int8_model():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_model().enable_lora(**arguments)
+
+
+def test_what_keras_has_compiled_before_does_not_go_on_without_the_additions():
+    model = make_model()
+    model.compile(keras.optimizers.Adam(0.05), NextTokenLoss(), jit_compile=False)
+    model.predict(IDS, verbose=0)
+    model.fit(IDS[:, :-1], IDS[:, 1:], verbose=0)
+    model.enable_lora(2)
+    for variable in model.trainable_variables:
+        variable.assign(np.random.default_rng(3).standard_normal(variable.shape))
+    np.testing.assert_allclose(model.predict(IDS, verbose=0), model(IDS), atol=1e-5)
+    with pytest.raises(ValueError, match="optimizer"):  # which has the old variables: it must be compiled again
+        model.fit(IDS[:, :-1], IDS[:, 1:], verbose=0)
+
+
+def test_after_merging_the_same_weights_train_as_before():
+    model = make_model(dropout=0.1)
+    before = [variable.path for variable in model.trainable_variables]
+    model.enable_lora(2)
+    model.merge_lora()
+    assert [variable.path for variable in model.trainable_variables] == before
 
 
 def test_what_cannot_be_merged_or_enabled_twice_is_refused():

@@ -91,8 +91,12 @@ class Plan:
         return sum(part.n_records for part in self.parts)
 
 
-def find_files(patterns: Iterable[str | Path]) -> list[InputFile]:
+def find_files(patterns: Iterable[str | Path], output: Path | None = None) -> list[InputFile]:
     """Finds the files that patterns such as ``"prompts-*.jsonl"`` name, each once, in the order of their paths.
+
+    Args:
+        patterns: paths, or patterns.
+        output: the job's own folder, whose files are no input: ``"**/*.jsonl"`` would find them when a job resumes.
 
     Raises:
         FileNotFoundError: when a pattern names no file.
@@ -100,10 +104,13 @@ def find_files(patterns: Iterable[str | Path]) -> list[InputFile]:
     """
     paths: set[Path] = set()
     for pattern in patterns:
-        found = [Path(path) for path in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207  # absolute ones, too
-        files = [path.absolute() for path in found if path.is_file()]
+        is_name = Path(pattern).is_file()  # perhaps with brackets in it
+        found = [str(pattern)] if is_name else glob.glob(str(pattern), recursive=True)  # noqa: PTH207  # absolute, too
+        files = [Path(os.path.abspath(path)) for path in found if Path(path).is_file()]  # noqa: PTH100  # without ".."
+        files = [path for path in files if output not in path.parents]
         if not files:
-            raise FileNotFoundError(f"input names no file: {str(pattern)!r}")
+            hint = f"; it is a folder, name its files as {pattern}/*.jsonl" if Path(pattern).is_dir() else ""
+            raise FileNotFoundError(f"input names no file: {str(pattern)!r}{hint}")
         paths.update(files)
     in_order = sorted(paths)
     root = Path(os.path.commonpath([path.parent for path in in_order])) if in_order else Path()
@@ -251,10 +258,18 @@ def read_rows(part: Part) -> Iterator[Record]:
         for group in range(table.num_row_groups):
             n_rows = table.metadata.row_group(group).num_rows
             if position < end and position + n_rows > part.first:
-                batches = table.iter_batches(ROWS_AT_ONCE, [group])
+                batches = whole(table.iter_batches(ROWS_AT_ONCE, [group]), part.file.path)
                 for number, fields in rows_between(batches, part.first - position, end - position):
                     yield make_record(fields, f"{part.file.name}:{position + number + 1}")
             position += n_rows
+
+
+def whole(batches: Iterable[Any], path: Path) -> Iterator[Any]:
+    """Yields Arrow's batches; raises ValueError where the file is damaged."""
+    try:
+        yield from batches
+    except OSError as error:
+        raise ValueError(f"input {path} is damaged: {error}; fetch or write it again") from None
 
 
 def rows_between(batches: Iterable[Any], first: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -263,10 +278,26 @@ def rows_between(batches: Iterable[Any], first: int, end: int) -> Iterator[tuple
     for batch in batches:
         start = max(0, first - position)
         if start < batch.num_rows:
-            yield from enumerate(batch.slice(start, max(0, end - position - start)).to_pylist(), position + start)
+            yield from enumerate(rows_of(batch.slice(start, max(0, end - position - start))), position + start)
         position += batch.num_rows
         if position >= end:
             return
+
+
+def rows_of(batch: Any) -> list[dict[str, Any]]:
+    """Returns Arrow's rows as dicts; a text that is not UTF-8, which Parquet may hold, as bytes."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [{name: value_of(batch[name][i]) for name in batch.schema.names} for i in range(batch.num_rows)]
+
+
+def value_of(scalar: Any) -> Any:
+    """Returns one of Arrow's values as Python's; bytes where it has text that is not UTF-8."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return bytes(scalar.as_buffer()) if hasattr(scalar, "as_buffer") else repr(scalar.type).encode()
 
 
 def id_type(part: Part) -> str:
@@ -277,6 +308,8 @@ def id_type(part: Part) -> str:
         names = table.schema_arrow.names
         if "id" not in names or not str(table.schema_arrow.field("id").type).startswith("int"):
             return "STRING"
-        groups = [table.metadata.row_group(i).column(names.index("id")) for i in range(table.num_row_groups)]
-        has_all = all(group.statistics is not None and group.statistics.null_count == 0 for group in groups)
+        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]  # a struct has several
+        found = [column.statistics for column in columns if column.path_in_schema == "id"]
+        has_all = all(one is not None and one.null_count == 0 for one in found)
         return "BIGINT" if has_all else "STRING"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -113,8 +114,8 @@ def run(
     if output_format not in FORMATS:
         raise ValueError(f"output_format must be one of {', '.join(FORMATS)}, got {output_format!r}")
     start_s = time.perf_counter()
-    folder = Path(output).absolute()
-    planned = plan(find_files(inputs), job, part_size, on_read)
+    folder = Path(os.path.abspath(output))  # noqa: PTH100  # without "..", as those of the input
+    planned = plan(find_files(inputs, folder), job, part_size, on_read)
     manifest = make_manifest(job, planned, model, dtype=dtype, format=output_format, part_size=part_size)
     start_folder(folder, manifest, resume=resume)
     remove_unfinished(folder)

@@ -6,6 +6,7 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def check_lora(rank: Any, alpha: Any, targets: Any) -> Lora:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     alpha = rank if alpha is None else alpha
-    if not alpha > 0:
-        raise ValueError(f"alpha must be above 0, got {alpha!r}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be above 0 and finite, got {alpha!r}")
     names = (targets,) if isinstance(targets, str) else tuple(targets)
     unknown = [name for name in names if not any(is_target(place, [name]) for place in PLACES)]
     if unknown or not names:
@@ -84,6 +85,12 @@ def enable(model: Any, *, rank: int, alpha: float | None, targets: Sequence[str]
     for _, linear in linears(model, lora.places):
         add_to(linear, lora, rng)
     model.lora = lora
+    forget_compiled(model)
+
+
+def forget_compiled(model: Any) -> None:
+    """Lets ``fit``, ``evaluate`` and ``predict`` be traced again: they would go on with the variables of before."""
+    model.train_function = model.test_function = model.predict_function = None
 
 
 def add_to(linear: Any, lora: Lora, rng: np.random.Generator) -> None:
@@ -120,8 +127,9 @@ def merge(model: Any) -> None:
         leaf.write(leaf.read())
         remove_from(linear)
     model.lora = None
-    for variable in model.variables:
+    for variable in model.weights:  # not ``variables``, which has the seeds of Keras's own dropout
         variable.trainable = True
+    forget_compiled(model)
 
 
 def remove_from(linear: Any) -> None:

@@ -89,10 +89,12 @@ class Ids:
         return self.part(0, cut), self.part(cut, len(self))
 
     def fingerprint(self) -> str:
-        """Returns a name for the content, from its length and ids at 1,000 places: another text has another."""
-        places = np.linspace(0, len(self) - 1, 1000).astype(np.int64)
-        sample = np.array([self.read(int(place), 1)[0] for place in places], np.int32)
-        return hashlib.sha256(np.int64(len(self)).tobytes() + sample.tobytes()).hexdigest()[:16]
+        """Returns a name for the content: another text has another, however it is cut into arrays."""
+        digest = hashlib.sha256()
+        for array in self.arrays:
+            for start in range(0, len(array), MOST_IN_MEMORY):
+                digest.update(array[start : start + MOST_IN_MEMORY].astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
 
 
 def text_dataset(
@@ -257,15 +259,18 @@ def read_file(path: Path, encoder: Encoder, field: str) -> np.ndarray:
 
 def read_bin(path: Path, n_vocab: int) -> np.ndarray:
     """Maps a file of ids: nanoGPT's bare uint16, or llm.c's with its header."""
-    header = np.fromfile(path, "<i4", LLM_C_HEADER)
-    if len(header) == LLM_C_HEADER and header[0] == LLM_C_MAGIC:
-        if header[1] != 1:
-            raise DataError(f"files: {path} has ids of llm.c's version {header[1]}, must be 1, which is GPT-2's")
-        ids = np.memmap(path, "<u2", "r", offset=4 * LLM_C_HEADER)
-        if len(ids) != header[2]:
-            raise DataError(f"files: {path} should have {header[2]} ids and has {len(ids)}; copy it again")
-    else:
-        ids = np.memmap(path, "<u2", "r")
+    header, size = np.fromfile(path, "<i4", LLM_C_HEADER), path.stat().st_size
+    is_llm_c = len(header) == LLM_C_HEADER and header[0] == LLM_C_MAGIC
+    if is_llm_c and header[1] != 1:
+        raise DataError(f"files: {path} has ids of llm.c's version {header[1]}, must be 1, which is GPT-2's")
+    offset = 4 * LLM_C_HEADER if is_llm_c else 0
+    if size % 2:
+        raise DataError(f"files: {path} has {size} bytes, must be ids of two bytes each; copy or make it again")
+    if size == offset:
+        return np.zeros(0, np.uint16)  # what is empty cannot be mapped
+    ids = np.memmap(path, "<u2", "r", offset=offset)
+    if is_llm_c and len(ids) != header[2]:
+        raise DataError(f"files: {path} should have {header[2]} ids and has {len(ids)}; copy it again")
     largest = max(int(ids[i : i + MOST_IN_MEMORY].max()) for i in range(0, len(ids), MOST_IN_MEMORY))
     if largest >= n_vocab:
         raise DataError(f"files: {path} has the id {largest}, and the vocabulary {n_vocab} tokens; is it this model's?")

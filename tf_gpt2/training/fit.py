@@ -89,14 +89,21 @@ def finetune(
 
     Raises:
         CheckpointError: when ``out`` has a run with other arguments; they are named.
-        FloatingPointError: when the loss is not finite.
+        FloatingPointError: when the loss is not finite; the checkpoints are from before.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is written.
         ValueError: when an argument is out of range.
     """
     check_numbers(accumulate=accumulate, save_every=save_every)
+    check_numbers(at_least=0, sample_every=sample_every)
+    check_above_0(learning_rate=learning_rate)
+    if clip_norm is not None:
+        check_above_0(clip_norm=clip_norm)
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be at least 0 and finite, got {weight_decay}")
     steps = count_steps(dataset, accumulate) if steps is None else steps
     check_numbers(steps=steps)
     warmup_steps = min(200, steps // 20) if warmup_steps is None else warmup_steps
+    check_numbers(at_least=0, warmup_steps=warmup_steps)
     options = StepOptions(
         schedule=Schedule(learning_rate=learning_rate, warmup_steps=warmup_steps, steps=steps),
         weight_decay=weight_decay,
@@ -175,7 +182,9 @@ class Run:
         calls.on_train_begin()
         with contextlib.closing(bar), interrupts() as interrupted, self._events() as events:
             while self.progress.update < steps and not self._model.stop_training:
-                loss = self._one_update(next_batch(batches, self.progress.update), calls, save_every)
+                batch = next_batch(batches, self.progress.update)
+                check_ids(batch, self._model.config.n_vocab)
+                loss = self._one_update(batch, calls, save_every)
                 bar.show(n_tokens, loss)
                 done = self.progress.update
                 if done % save_every == 0 or done == steps:
@@ -209,9 +218,10 @@ class Run:
         progress.losses = []
         if self._validation is not None:
             line |= self._measure(self._validation)
-            if progress.best_loss is None or line["val_loss"] < progress.best_loss:
-                progress.best_loss, progress.best_update = line["val_loss"], progress.update
-                self._keep_best()
+        self._refuse_ruins(line)
+        if "val_loss" in line and (progress.best_loss is None or line["val_loss"] < progress.best_loss):
+            progress.best_loss, progress.best_update = line["val_loss"], progress.update
+            self._keep_best()
         progress.lines.append(line)
         bar.say(reports.line_of(line))
         self._save()
@@ -221,11 +231,21 @@ class Run:
             reports.write_events(events, line)
         calls.on_epoch_end(len(progress.lines) - 1, {name: value for name, value in line.items() if name != "step"})
 
+    def _refuse_ruins(self, line: Mapping[str, float]) -> None:
+        """Raises FloatingPointError when the last update has left weights that no checkpoint should have."""
+        weights = self._step.optimizers[0].variables
+        if not math.isfinite(line.get("val_loss", 0.0)) or not all(np.isfinite(one.numpy()).all() for one in weights):
+            raise FloatingPointError(
+                f"after update {line['step']} weights or losses are not finite; lower learning_rate, or raise "
+                f"warmup_steps, and give another folder as out"
+            )
+
     def _measure(self, validation: tf.data.Dataset) -> dict[str, float]:
         """Returns the held-out loss per token in nats, the perplexity and, with a vocabulary, bits per byte."""
         nats = weight = n_bytes = 0.0
         for elements in validation:
             batch = as_batch([part[None] for part in elements])
+            check_ids(batch, self._model.config.n_vocab)
             sums = self._step.loss_sums(batch)
             nats, weight = nats + sums[0], weight + sums[1]
             if self._bytes is not None:
@@ -331,6 +351,14 @@ def as_batch(elements: Sequence[tf.Tensor]) -> Batch:
     return Batch(tf.cast(ids, tf.int32), labels, label_weights(labels, tf.broadcast_to(weight, labels.shape)))
 
 
+def check_ids(batch: Batch, n_vocab: int) -> None:
+    """Raises ValueError for ids outside the vocabulary: compiled code would compute a loss of them without a word."""
+    lowest, highest = (int(find(batch.ids)) for find in (tf.reduce_min, tf.reduce_max))
+    for name, value in (("ids", lowest), ("ids", highest), ("targets", max(0, int(tf.reduce_max(batch.labels))))):
+        if not 0 <= value < n_vocab:
+            raise ValueError(f"dataset has {value} among its {name}, must be in the vocabulary, [0, {n_vocab})")
+
+
 def batch_shape(dataset: tf.data.Dataset) -> tuple[int, int]:
     """Returns B and T of a dataset; raises ValueError unless its batches have one known shape."""
     spec = dataset.element_spec
@@ -359,6 +387,8 @@ def count_steps(dataset: tf.data.Dataset, accumulate: int) -> int:
 def settings(model: GPT2Model, dataset: tf.data.Dataset, options: StepOptions, save_every: int) -> dict[str, Any]:
     """Returns what decides the numbers of a run, as JSON can hold it."""
     shape = batch_shape(dataset)
+    if shape[1] > model.config.n_ctx:
+        raise ValueError(f"dataset has rows of {shape[1]} ids, the model's window has {model.config.n_ctx}; cut them")
     schedule = dataclasses.asdict(options.schedule)
     others = {name: value for name, value in vars(options).items() if name != "schedule"}
     return {
@@ -405,11 +435,18 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 # ---- numbers
 
 
-def check_numbers(**numbers: int) -> None:
-    """Raises ValueError for a number below 1, by its name."""
+def check_numbers(*, at_least: int = 1, **numbers: int) -> None:
+    """Raises ValueError for a number that is too low, by its name."""
     for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value < at_least:
+            raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def check_above_0(**numbers: float) -> None:
+    """Raises ValueError for a number that is not above 0 or not finite, by its name."""
+    for name, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {value}")
 
 
 def bytes_of_tokens(encoder: Encoder) -> np.ndarray:

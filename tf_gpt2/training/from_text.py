@@ -13,13 +13,14 @@ from typing import Any, TextIO
 
 import tensorflow as tf
 
+from tf_gpt2.checkpoint.formats import is_of_others
 from tf_gpt2.checkpoint.load import read_encoder_and_config
 from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
 from tf_gpt2.checkpoint.vocabulary import check_openai, write_openai
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.tokenizer.encoder import Encoder
-from tf_gpt2.training.data import Ids, held_out_windows, read_ids, shuffled_windows, windows_per_epoch
+from tf_gpt2.training.data import DataError, Ids, held_out_windows, read_ids, shuffled_windows, windows_per_epoch
 from tf_gpt2.training.fit import CHECKPOINTS, finetune, is_chief, remove_checkpoints
 from tf_gpt2.training.lora import save_lora
 
@@ -42,6 +43,9 @@ EPOCHS, FEWEST_STEPS, MOST_STEPS = 3, 100, 2000
 
 RATE, LORA_RATE = 1e-4, 1e-3
 """The learning rate by default, of all weights and of LoRA's: those begin at zero, and bear a higher one."""
+
+LORA_TARGETS = ("c_attn",)
+"""What LoRA is added to by default, as in PEFT."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,7 @@ class Recipe:
     remat: bool = False
     lora_rank: int | None = None
     lora_alpha: float | None = None
-    lora_targets: Sequence[str] = ("c_attn",)
+    lora_targets: Sequence[str] = LORA_TARGETS
     save_every: int | None = None
     sample_every: int = 0
     seed: int = 0
@@ -125,7 +129,8 @@ def finetune_text(
     length = config.n_ctx if recipe.length is None else recipe.length
     if not 1 <= length <= config.n_ctx:
         raise ValueError(f"length must be in [1, {config.n_ctx}], the model's window, got {length}")
-    sizes = {"n_ctx": length, "batch_size": recipe.batch_size or max(1, TOKENS_PER_BATCH // length)}
+    batch_size = max(1, TOKENS_PER_BATCH // length) if recipe.batch_size is None else recipe.batch_size
+    sizes = {"n_ctx": length, "batch_size": batch_size}
     steps = count_updates(recipe, windows_per_epoch(training, length), sizes["batch_size"])
     with strategy_scope():
         model = GPT2Model.from_checkpoint(folder, dropout=recipe.dropout, **DTYPES[recipe.dtype])
@@ -138,13 +143,13 @@ def finetune_text(
             validation=held_out_windows(held_out, **sizes) if len(held_out) > 1 else None,
             encoder=encoder,
             out=out,
-            learning_rate=recipe.learning_rate or (RATE if recipe.lora_rank is None else LORA_RATE),
+            learning_rate=default_rate(recipe) if recipe.learning_rate is None else recipe.learning_rate,
             warmup_steps=recipe.warmup_steps,
             weight_decay=recipe.weight_decay,
             accumulate=recipe.accumulate,
             remat=recipe.remat,
             seed=recipe.seed,
-            save_every=recipe.save_every or max(1, min(100, steps // 5)),
+            save_every=max(1, min(100, steps // 5)) if recipe.save_every is None else recipe.save_every,
             sample_every=recipe.sample_every,
             about=about(recipe, model, training, held_out),
             progress=progress,
@@ -167,13 +172,22 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(
             f"steps={recipe.steps} and epochs={recipe.epochs} both say how long to train; give one of them"
         )
+    if recipe.lora_rank is None and (recipe.lora_alpha is not None or tuple(recipe.lora_targets) != LORA_TARGETS):
+        raise ValueError("lora_alpha and lora_targets need lora_rank: without it all weights are trained")
+    for name in ("steps", "epochs", "batch_size", "accumulate"):
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= recipe.dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {recipe.dropout}")
 
 
 def check_out(out: Path) -> None:
     """Raises CheckpointError when a folder holds a model and no run that could go on."""
-    if (out / "hparams.json").exists() and not list((out / CHECKPOINTS).glob("step-*")):
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"out={out} is a file; name a folder")
+    has_model = (out / "hparams.json").exists() or is_of_others(out)
+    if has_model and not list((out / CHECKPOINTS).glob("step-*")):
         raise CheckpointError(f"out={out} holds a model already; name another folder, or remove this one first")
 
 
@@ -181,7 +195,10 @@ def read_parts(recipe: Recipe, encoder: Any) -> tuple[Ids, Ids]:
     """Reads the text to train on, and the text to measure the held-out loss on."""
     ids = read_ids(recipe.text, encoder, field=recipe.field)
     if recipe.validation:
-        return ids, read_ids(recipe.validation, encoder, field=recipe.field)
+        held_out = read_ids(recipe.validation, encoder, field=recipe.field)
+        if len(held_out) < 2:
+            raise DataError(f"validation must have at least 2 tokens to measure with, got {len(held_out)}")
+        return ids, held_out
     return ids.split(min(int(len(ids) * HELD_OUT_SHARE), MOST_HELD_OUT))
 
 
@@ -191,6 +208,11 @@ def count_updates(recipe: Recipe, n_windows: int, batch_size: int) -> int:
         return recipe.steps
     in_epochs = -(-n_windows * (recipe.epochs or EPOCHS) // (batch_size * recipe.accumulate))
     return in_epochs if recipe.epochs else min(max(in_epochs, FEWEST_STEPS), MOST_STEPS)
+
+
+def default_rate(recipe: Recipe) -> float:
+    """Returns the learning rate where none is given."""
+    return RATE if recipe.lora_rank is None else LORA_RATE
 
 
 def about(recipe: Recipe, model: GPT2Model, training: Ids, held_out: Ids) -> dict[str, Any]:

@@ -76,10 +76,11 @@ def load(folder: Path, options: Mapping[str, Any]) -> tuple[Progress, list[np.nd
         try:
             content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
             arrays = read_arrays(checkpoint / ARRAYS)
-        except (OSError, ValueError, zipfile.BadZipFile):  # damaged on the disk: the one before
+            progress, before = Progress(**content["progress"]), content["options"]
+        except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile):  # damaged: the one before
             continue
-        check_options(checkpoint, content["options"], options)
-        return Progress(**content["progress"]), arrays
+        check_options(checkpoint, before, options)
+        return progress, arrays
     if found:
         raise CheckpointError(f"the checkpoints in {folder} are damaged; remove the folder to start from the beginning")
     return None

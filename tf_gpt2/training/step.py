@@ -103,7 +103,7 @@ class TrainingStep:
         if not (abs(total) < float("inf") and norm < float("inf")):
             raise FloatingPointError(
                 f"the loss of update {number} is {total / max(weight, 1e-30)}, the norm of its gradients {norm}; "
-                f"lower learning_rate, or raise warmup_steps"
+                f"lower learning_rate, or raise warmup_steps, and give another folder as out"
             )
         scale = 1 / max(weight, 1e-30)
         if self._options.clip_norm is not None:
