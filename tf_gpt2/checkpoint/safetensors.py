@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tf_gpt2.checkpoint.items import read_items
 from tf_gpt2.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -63,13 +64,7 @@ class StoredTensor:
         start, stop, _ = rows.indices(self.shape[0])
         n_rows, row_size = max(stop - start, 0), math.prod(self.shape[1:])
         offset = self.offset + start * row_size * self.dtype.itemsize
-        try:
-            array = np.fromfile(self.path, self.dtype, n_rows * row_size, offset=offset)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error}") from error
-        if array.size < n_rows * row_size:
-            raise CheckpointError(f"{self.path} became shorter while it was read; copy it again from its source")
-        return array.reshape(n_rows, *self.shape[1:])
+        return read_items(self.path, self.dtype, n_rows * row_size, offset).reshape(n_rows, *self.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Reads all of it."""
