@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -18,7 +19,7 @@ from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.text.conversation import Conversation
-from tf_gpt2.text.saving import FORMATS
+from tf_gpt2.text.saving import FORMATS, replacing
 
 PLAIN = Encoder.from_files(embedded_dir())
 CONFIG = GPT2Config(n_vocab=1030, n_ctx=20, n_embd=32, n_head=4, n_layer=2)
@@ -187,6 +188,34 @@ def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch, name):
         tf_gpt2.save(model, PLAIN, tmp_path / "x", format=name, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert list(files_of(tmp_path / "x")) == ["old"]
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_is_replaced_comes_back_when_the_last_move_fails(tmp_path, monkeypatch, is_folder):
+    def write(path, text):
+        if is_folder:
+            path.mkdir()
+        (path / "file" if is_folder else path).write_text(text)
+
+    def fail_for_new(move):
+        def moved(self, target):
+            if self.name == "new":
+                raise KeyboardInterrupt
+            return move(self, target)
+
+        return moved
+
+    write(tmp_path / "x", "old")
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, fail_for_new(getattr(Path, name)))
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "x", overwrite=True) as made:
+        write(made, "new")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x" / "file" if is_folder else tmp_path / "x").read_text() == "old"
+    with replacing(tmp_path / "x", overwrite=True) as made:
+        write(made, "new")
+    assert (tmp_path / "x" / "file" if is_folder else tmp_path / "x").read_text() == "new"
 
 
 def test_weights_without_a_vocabulary_load_and_refuse_text(model, tmp_path):
