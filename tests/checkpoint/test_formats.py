@@ -24,7 +24,7 @@ from tf_gpt2.jobs.compute import GenerateWork
 from tf_gpt2.jobs.kinds import Generate
 from tf_gpt2.jobs.records import Record
 from tf_gpt2.text.conversation import Conversation
-from tf_gpt2.text.saving import FORMATS
+from tf_gpt2.text.saving import FORMATS, replacing
 from tf_gpt2.tokenizer.encoder import SpecialToken
 
 PLAIN = Encoder.from_files(embedded_dir())
@@ -261,6 +261,34 @@ def test_added_tokens_beyond_the_model_are_left_out_and_told(saved, tmp_path, ca
     _, encoder = tf_gpt2.load(tmp_path / "x")
     assert encoder.special_tokens.keys() == {"<|endoftext|>", "<|user|>"}
     assert "no embedding of the added tokens [PAD]" in caplog.text
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_is_replaced_comes_back_when_the_last_move_fails(tmp_path, monkeypatch, is_folder):
+    def write(path, text):
+        if is_folder:
+            path.mkdir()
+        (path / "file" if is_folder else path).write_text(text)
+
+    def fail_for_new(move):
+        def moved(self, target):
+            if self.name == "new":
+                raise KeyboardInterrupt
+            return move(self, target)
+
+        return moved
+
+    write(tmp_path / "x", "old")
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, fail_for_new(getattr(Path, name)))
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "x", overwrite=True) as made:
+        write(made, "new")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x" / "file" if is_folder else tmp_path / "x").read_text() == "old"
+    with replacing(tmp_path / "x", overwrite=True) as made:
+        write(made, "new")
+    assert (tmp_path / "x" / "file" if is_folder else tmp_path / "x").read_text() == "new"
 
 
 def test_weights_without_a_vocabulary_load_and_refuse_text(model, tmp_path):

@@ -115,6 +115,16 @@ def test_counts_that_lie(file):
                 gguf.read(file)
 
 
+def test_a_file_that_became_shorter_or_went_away(file):
+    tensor = gguf.read(file).tensors["blk.1.ffn_down.weight"]
+    file.write_bytes(file.read_bytes()[: tensor.offset + 100])
+    with pytest.raises(CheckpointError, match="became shorter"):
+        tensor[:]
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.gguf: .*No such file"):
+        tensor[:]
+
+
 def test_damaged_files_are_read_or_refused_and_never_allocate_what_they_claim(file):
     whole, rng = file.read_bytes(), random.Random(3)
     n_lists = whole.index(b"output_norm.bias") + 100

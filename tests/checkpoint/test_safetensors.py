@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tf_gpt2.checkpoint.safetensors import read_tensors, write_tensors
+from tf_gpt2.checkpoint.safetensors import read_dtypes, read_tensors, write_tensors
 from tf_gpt2.errors import CheckpointError
 
 ARRAYS = {
@@ -43,6 +43,8 @@ def test_what_the_package_writes_is_read(tmp_path):
         assert tensor[:].tobytes() == ARRAYS[name].tobytes()
     assert tensors["a"][1:2].tolist() == [[4, 5, 6, 7]]
     assert np.asarray(tensors["a"]).shape == (3, 4)
+    dtypes = {"a": "F32", "b": "F16", "c": "BF16", "empty": "F32", "ids": "I64"}
+    assert read_dtypes(tmp_path / "x.safetensors") == dtypes
 
 
 def test_what_is_written_the_package_reads(tmp_path):
@@ -83,6 +85,14 @@ def test_a_list_that_lies_is_refused(tmp_path, lie):
     with pytest.raises(CheckpointError, match=r"cannot read .*x\.safetensors as safetensors") as caught:
         read_tensors(path)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("lie", ["cut length", "no JSON", "list", "no dtype", "number", "twice"])
+def test_dtypes_of_a_list_that_lies_are_refused(tmp_path, lie):
+    path, content = tmp_path / "x.safetensors", LIES[lie]
+    path.write_bytes(content) if isinstance(content, bytes) else write_raw(path, content, bytes(48))
+    with pytest.raises(CheckpointError, match=r"cannot read .*x\.safetensors as safetensors"):
+        read_dtypes(path)
 
 
 def test_no_file_and_no_regular_file(tmp_path):

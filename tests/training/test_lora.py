@@ -3,10 +3,13 @@
 import json
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
 from reference import forward, lively_params
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from tf_gpt2 import CheckpointError, Encoder, GPT2Config, GPT2Model, TextGenerator, generate
 from tf_gpt2.checkpoint.params import leaves
@@ -226,6 +229,48 @@ def test_a_folder_without_a_file_or_with_a_damaged_one_is_refused(adapter, name)
     (adapter / name).unlink()
     with pytest.raises(CheckpointError, match=name):
         load_lora(make_model(), adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "array", "message"),
+    [
+        ("extra", np.zeros((2, 12), np.float32), "has extra, which target_modules .* does not name"),
+        ("extra", np.zeros((2, 12), np.int64), "has extra, which target_modules .* does not name"),
+        ("extra", np.zeros((2, 12), np.bool_), "has extra, which target_modules .* does not name"),
+        ("a", np.zeros((2, 12), np.int8), r"lora_A\.weight as I8, must be one of .*BF16; save .* in floats"),
+        ("a", np.zeros(2, np.float32), "shape"),
+        ("a", np.float32(0), "shape"),
+        ("a", np.zeros((2, 12, 1), np.float32), "shape"),
+    ],
+)
+def test_a_file_with_other_tensors_is_refused(adapter, key, array, message):
+    path = adapter / "adapter_model.safetensors"
+    name = key if key == "extra" else "base_model.model.transformer.h.1.attn.c_attn.lora_A.weight"
+    save_file({**load_file(path), name: np.asarray(array)}, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_lora(make_model(), adapter)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_floats_are_read(adapter, dtype):
+    path = adapter / "adapter_model.safetensors"
+    rounded = {name: array.astype(dtype) for name, array in load_file(path).items()}
+    save_file(rounded, path)
+    model = make_model()
+    load_lora(model, adapter)
+    expected = rounded["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"].astype(np.float32)
+    np.testing.assert_array_equal(model.blocks[0].attn.c_attn.lora_b.value, expected)
+
+
+def test_what_is_written_is_what_peft_reads(adapter):
+    model = make_model(("c_attn",))
+    with safe_open(adapter / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        for i, block in enumerate(model.blocks):
+            name = f"base_model.model.transformer.h.{i}.attn.c_attn.lora_"
+            np.testing.assert_array_equal(file.get_tensor(f"{name}A.weight"), block.attn.c_attn.lora_a.value)
+            np.testing.assert_array_equal(file.get_tensor(f"{name}B.weight"), block.attn.c_attn.lora_b.value)
+        assert len(file.keys()) == 2 * len(model.blocks)
 
 
 def test_an_adapter_of_another_size_is_refused(adapter):

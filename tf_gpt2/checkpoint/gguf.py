@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from tf_gpt2.checkpoint.items import read_items
 from tf_gpt2.checkpoint.params import leaves, param_shapes
 from tf_gpt2.config import GPT2Config
 from tf_gpt2.errors import CheckpointError
@@ -129,12 +130,7 @@ class Tensor:
         row_size = math.prod(self.shape[1:])
         n_items = self.n_items(max(stop - start, 0) * row_size)
         offset = self.offset + self.n_items(start * row_size) * self.item_type.itemsize
-        try:
-            items = np.fromfile(self.path, self.item_type, n_items, offset=offset)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error}") from error
-        if items.size < n_items:
-            raise CheckpointError(f"{self.path} became shorter while it was read; copy it again from its source")
+        items = read_items(self.path, self.item_type, n_items, offset)
         return unpack(items, self.kind).reshape(-1, *self.shape[1:])
 
 

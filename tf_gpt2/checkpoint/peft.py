@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tf_gpt2.checkpoint.safetensors import DTYPES, read_dtypes, read_tensors, write_tensors
 from tf_gpt2.config import read_text
 from tf_gpt2.errors import CheckpointError
 
@@ -80,8 +81,8 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, base: str | None = No
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, (a, b) in adapter.pairs.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -95,8 +96,8 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, base: str | None = No
         "inference_mode": True,
     }
     (folder / CONFIG).unlink(missing_ok=True)  # in between the folder holds no adapter
-    save_file = safetensors_numpy().save_file
-    replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    shapes = [(name, array.shape) for name, array in tensors.items()]
+    replace(folder / WEIGHTS, lambda path: write_tensors(path, shapes, iter(tensors.values())))
     replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2), encoding="utf-8"))
 
 
@@ -120,21 +121,21 @@ def read_adapter(folder: str | Path, names: Sequence[str]) -> Adapter:
     Raises:
         CheckpointError: when a file is missing or damaged, the config asks for what is not supported, which its key
             tells, or a matrix lacks its pair.
-        ImportError: when the package ``safetensors`` is not installed.
     """
     folder = Path(folder)
     config = read_config(folder / CONFIG)
     rank, alpha = number_in(config, "r", int, folder), number_in(config, "lora_alpha", (int, float), folder)
     targets, adapted = resolve_targets(config.get("target_modules"), names, folder)
-    tensors = read_tensors(folder / WEIGHTS)
     keys = {name: [f"{PREFIX}{name}.lora_{half}.weight" for half in "AB"] for name in adapted}
-    check_keys(folder, [key for pair in keys.values() for key in pair], tensors)
-    pairs = {name: (tensors[a].astype(np.float32), tensors[b].astype(np.float32)) for name, (a, b) in keys.items()}
-    for name, (a, b) in pairs.items():
-        if a.shape[:1] != (rank,) or b.shape[1:] != (rank,):
+    check_keys(folder, [key for pair in keys.values() for key in pair], read_dtypes(folder / WEIGHTS))
+    tensors, pairs = read_tensors(folder / WEIGHTS), {}
+    for name, (key_a, key_b) in keys.items():
+        a, b = tensors[key_a], tensors[key_b]
+        if len(a.shape) != 2 or a.shape[0] != rank or b.shape[1:] != (rank,):
             raise CheckpointError(
                 f"{folder / WEIGHTS} has {name} in the shapes {a.shape} and {b.shape}, which do not fit r={rank}"
             )
+        pairs[name] = a[:].astype(np.float32), b[:].astype(np.float32)
     return Adapter(rank, alpha * rank**0.5 if config.get("use_rslora") else alpha, targets, pairs)
 
 
@@ -212,29 +213,22 @@ def place_of(name: str) -> str:
     return name.split(".", 2)[2]
 
 
-def check_keys(folder: Path, expected: Sequence[str], found: Mapping[str, Any]) -> None:
-    """Raises CheckpointError unless a file has exactly the tensors that its config promises."""
+def check_keys(folder: Path, expected: Sequence[str], found: Mapping[str, str]) -> None:
+    """Raises CheckpointError unless a file has exactly the tensors that its config promises, and they are floats.
+
+    Args:
+        folder: of the file.
+        expected: the names of the tensors.
+        found: the names of all tensors in the file, and of their dtypes.
+    """
     for key in expected:
         if key not in found:
             raise CheckpointError(f"{folder / WEIGHTS} has no {key}, which target_modules in {CONFIG} asks for")
+        if found[key] not in DTYPES:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} has {key} as {found[key][:20]}, must be one of {', '.join(DTYPES)}; save the "
+                f"adapter in floats"
+            )
     for key in found:
         if key not in expected:
-            raise CheckpointError(f"{folder / WEIGHTS} has {key}, which target_modules in {CONFIG} does not name")
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Reads a file of safetensors."""
-    module = safetensors_numpy()
-    try:
-        return module.load_file(path)
-    except Exception as error:  # safetensors has exceptions of its own, outside of Python's hierarchy of errors
-        raise CheckpointError(f"cannot read {path}: {error}; copy the whole folder again from its source") from error
-
-
-def safetensors_numpy() -> Any:
-    """Imports the reader and writer of safetensors."""
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError("LoRA adapters need the package safetensors: pip install 'tf_gpt2[train]'") from error
-    return safetensors.numpy
+            raise CheckpointError(f"{folder / WEIGHTS} has {key[:200]}, which target_modules in {CONFIG} does not name")

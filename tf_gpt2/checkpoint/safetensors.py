@@ -8,17 +8,19 @@ Source: huggingface/safetensors, README, "Format".
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from tf_gpt2.checkpoint.items import read_items
 from tf_gpt2.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -62,13 +64,7 @@ class StoredTensor:
         start, stop, _ = rows.indices(self.shape[0])
         n_rows, row_size = max(stop - start, 0), math.prod(self.shape[1:])
         offset = self.offset + start * row_size * self.dtype.itemsize
-        try:
-            array = np.fromfile(self.path, self.dtype, n_rows * row_size, offset=offset)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error}") from error
-        if array.size < n_rows * row_size:
-            raise CheckpointError(f"{self.path} became shorter while it was read; copy it again from its source")
-        return array.reshape(n_rows, *self.shape[1:])
+        return read_items(self.path, self.dtype, n_rows * row_size, offset).reshape(n_rows, *self.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Reads all of it."""
@@ -82,35 +78,53 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: when the file cannot be read, is cut short, or its list lies.
     """
-    try:
-        if not path.is_file():
-            raise ValueError("it is not a file")
-        with path.open("rb") as file:
-            header, n_bytes = read_header(file)
+    with named_errors(path):
+        header, n_bytes = read_header(path)
         return {
             name: stored_tensor(path, name[:200], entry, n_bytes, len(header))
             for name, entry in entries(header)
-            if name != "__metadata__" and is_float(entry)
+            if dtype_of(entry) in DTYPES
         }
+
+
+def read_dtypes(path: Path) -> dict[str, str]:
+    """Returns the names of all tensors of a file, those that are no floats, too, and of their dtypes: ``"I64"``.
+
+    Raises:
+        CheckpointError: as ``read_tensors``.
+    """
+    with named_errors(path):
+        header, _ = read_header(path)
+        return {name: dtype_of(entry) for name, entry in entries(header)}
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turns what a damaged file raises into a CheckpointError that names the file."""
+    try:
+        yield
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"cannot read {path} as safetensors: {str(error)[:500]}; copy it again from its source"
         ) from error
 
 
-def read_header(file: BinaryIO) -> tuple[bytes, int]:
+def read_header(path: Path) -> tuple[bytes, int]:
     """Returns the list as it stands, and the number of bytes behind it."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    if size < LENGTH_BYTES or length > size - LENGTH_BYTES:
-        raise ValueError("it is cut short")
-    if length > MOST_HEADER_BYTES:
-        raise ValueError(f"its list of tensors is longer than {MOST_HEADER_BYTES} bytes")
-    return file.read(length), size - LENGTH_BYTES - length
+    if not path.is_file():
+        raise ValueError("it is not a file")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if size < LENGTH_BYTES or length > size - LENGTH_BYTES:
+            raise ValueError("it is cut short")
+        if length > MOST_HEADER_BYTES:
+            raise ValueError(f"its list of tensors is longer than {MOST_HEADER_BYTES} bytes")
+        return file.read(length), size - LENGTH_BYTES - length
 
 
 def entries(header: bytes) -> list[tuple[str, Any]]:
-    """Parses the list; raises ValueError for a name that occurs twice, and for tensors that share bytes."""
+    """Parses the list of tensors; raises ValueError for a name that occurs twice, and for tensors that share bytes."""
 
     def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -120,7 +134,8 @@ def entries(header: bytes) -> list[tuple[str, Any]]:
     parsed = json.loads(header, object_pairs_hook=without_twins)
     if not isinstance(parsed, dict):
         raise ValueError("its list of tensors is no JSON object")
-    spans = sorted(span_of(name, entry) for name, entry in parsed.items() if name != "__metadata__")
+    parsed.pop("__metadata__", None)
+    spans = sorted(span_of(name, entry) for name, entry in parsed.items())
     if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
         raise ValueError("its tensors overlap")
     return list(parsed.items())
@@ -139,11 +154,12 @@ def is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def is_float(entry: Mapping[str, Any]) -> bool:
-    """Whether a tensor has floats; raises ValueError when its dtype is no text."""
-    if not isinstance(entry.get("dtype"), str):
+def dtype_of(entry: Mapping[str, Any]) -> str:
+    """Returns the name of a tensor's dtype; raises ValueError when it is no text."""
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str):
         raise ValueError("a tensor has no dtype")
-    return entry["dtype"] in DTYPES
+    return dtype
 
 
 def stored_tensor(path: Path, name: str, entry: Mapping[str, Any], n_bytes: int, n_header: int) -> StoredTensor:

@@ -151,7 +151,6 @@ def save_lora(model: Any, folder: str | Path, *, base: str | None = None) -> Non
         base: the name of the model without the additions, for PEFT, such as ``"gpt2"``.
 
     Raises:
-        ImportError: when the package ``safetensors`` is not installed.
         ValueError: when LoRA is not on.
 
     Example:
@@ -184,7 +183,6 @@ def load_lora(model: Any, folder: str | Path) -> None:
     Raises:
         CheckpointError: when a file is missing or damaged, the additions do not fit the model, or the config asks for
             what is not supported.
-        ImportError: when the package ``safetensors`` is not installed.
         ValueError: when LoRA is on already.
     """
     layers = dict(linears(model, PLACES))

@@ -118,21 +118,25 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
         yield made
         if target.is_dir() and not made.is_dir():
             raise FileExistsError(f"{target} is a folder; name a file")
-        move(made, target, Path(scratch) / "old")
+        take_place(made, target, Path(scratch) / "old")
 
 
-def move(made: Path, target: Path, old: Path) -> None:
-    """Moves what was made to its target, and what is there to ``old``; puts that back if it cannot."""
-    if target.is_file() and made.is_file():
-        made.replace(target)  # in one step
+def take_place(made: Path, target: Path, aside: Path) -> None:
+    """Moves what was made to the target; what is there goes aside, and comes back on an error or an interruption.
+
+    No system call that Python knows swaps two folders. A process that is killed between the two moves leaves both of
+    them, whole, in the scratch folder beside the target.
+    """
+    if not made.is_dir():
+        made.replace(target)  # a file takes another's place in one step
         return
     try:
         if target.exists():
-            target.rename(old)
+            target.rename(aside)
         made.rename(target)
     except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
+        if aside.exists() and not target.exists():
+            aside.rename(target)
         raise
 
 

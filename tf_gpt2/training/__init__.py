@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tf_gpt2.model.lora import load_lora as load_lora, save_lora as save_lora
     from tf_gpt2.training.data import DataError as DataError, text_dataset as text_dataset
     from tf_gpt2.training.fit import finetune as finetune
-    from tf_gpt2.training.lora import load_lora as load_lora, save_lora as save_lora
     from tf_gpt2.training.losses import NextTokenLoss as NextTokenLoss
 
 _HOMES = {
     "DataError": "tf_gpt2.training.data",
     "NextTokenLoss": "tf_gpt2.training.losses",
     "finetune": "tf_gpt2.training.fit",
-    "load_lora": "tf_gpt2.training.lora",
-    "save_lora": "tf_gpt2.training.lora",
+    "load_lora": "tf_gpt2.model.lora",
+    "save_lora": "tf_gpt2.model.lora",
     "text_dataset": "tf_gpt2.training.data",
 }
 

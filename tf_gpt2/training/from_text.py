@@ -19,10 +19,10 @@ from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
 from tf_gpt2.checkpoint.vocabulary import check_openai, write_openai
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.lora import save_lora
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.training.data import DataError, Ids, held_out_windows, read_ids, shuffled_windows, windows_per_epoch
 from tf_gpt2.training.fit import CHECKPOINTS, finetune, is_chief, remove_checkpoints
-from tf_gpt2.training.lora import save_lora
 
 DTYPES = {
     "float32": {"dtype": "float32"},

@@ -78,6 +78,8 @@ class TrainingStep:
         self._model, self._options = model, options
         self._trained = [variable.value for variable in model.trainable_variables]
         check_trained(self._trained)
+        paths = [variable.path for variable in model.trainable_variables]
+        self._place_of_wte = paths.index(model.wte.path) if model.wte.path in paths else None
         self._strategy = tf.distribute.get_strategy()
         copies = [self._strategy.experimental_local_results(variable) for variable in self._trained]
         self.optimizers = [
@@ -168,19 +170,17 @@ class TrainingStep:
 
     def _sums(self, batch: Batch, row_keys: tf.Tensor) -> list[tf.Tensor]:
         """Computes loss, weight and gradients of one micro-batch, (B, T)."""
-        tree = self._model.weights_tree()
-        tensors = {id(leaf): tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(tree) if leaf is not None}
-        trained = [tensors[id(variable)] for variable in self._trained]
-        weights = tf.nest.map_structure(lambda leaf: None if leaf is None else tensors[id(leaf)], tree)
-        tokens = formulas.embed_tokens(batch.ids, weights["wte"], dtype=self._model.compute_dtype, ops=fused)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([*trained, tokens])
+            tape.watch(self._trained)
+            weights = tf.nest.map_structure(read, self._model.weights_tree())  # each variable once
+            with tape.stop_recording():
+                tokens = formulas.embed_tokens(batch.ids, weights["wte"], dtype=self._model.compute_dtype, ops=fused)
+            tape.watch(tokens)
             total = self._total(batch, weights, tokens, rate=self._model.dropout, row_keys=row_keys)
-        *gradients, of_tokens = tape.gradient(total, [*trained, tokens], unconnected_gradients="zero")
+        *gradients, of_tokens = tape.gradient(total, [*self._trained, tokens], unconnected_gradients="zero")
         gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
-        for i, variable in enumerate(self._trained):
-            if variable is self._model.wte.value:
-                gradients[i] = with_rows(gradients[i], batch.ids, of_tokens)
+        if (place := self._place_of_wte) is not None:
+            gradients[place] = with_rows(gradients[place], batch.ids, of_tokens)
         return [total, tf.reduce_sum(batch.weights), *gradients]
 
     def _held_out_sums(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
@@ -212,6 +212,11 @@ class TrainingStep:
             tf.reshape(batch.labels, [-1]),
             tf.reshape(batch.weights, [-1]),
         )
+
+
+def read(leaf: Any) -> Any:
+    """Returns a weight as a tensor, a variable as that of the current device; ``None`` for ``None``."""
+    return None if leaf is None else tf.convert_to_tensor(leaf)
 
 
 def with_rows(table: tf.Tensor, ids: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
