@@ -248,28 +248,35 @@ def test_models_of_the_true_shape_are_close():
 
 LOAD = """
 import sys
-import numpy as np
 from tf_gpt2 import GPT2Model
 
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 
-GPT2Model.from_checkpoint(sys.argv[2], quantization="int8")
-before = peak()
-model = GPT2Model.from_checkpoint(sys.argv[1], quantization="int8")
-print(peak() - before)
+quantization = sys.argv[3] if len(sys.argv) > 3 else None
+GPT2Model.from_checkpoint(sys.argv[2], quantization=quantization)
+before = memory("VmRSS")
+model = GPT2Model.from_checkpoint(sys.argv[1], quantization=quantization)
+print(memory("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-def test_loading_peaks_below_the_float_weights(tmp_path, run_python, odd_config, odd_params):
-    from tf_gpt2 import save_gpt2_params_to_tf_ckpt
+@pytest.mark.parametrize(("format", "quantization"), [("openai", "int8"), ("huggingface", "")])
+def test_loading_peaks_near_the_weights(tmp_path, run_python, odd_config, odd_params, format, quantization):
+    from tf_gpt2.checkpoint import huggingface
+    from tf_gpt2.checkpoint.openai import save_gpt2_params_to_tf_ckpt
 
     config = GPT2Config(n_vocab=20000, n_ctx=64, n_embd=512, n_head=8, n_layer=20)  # allocators differ by tens of MB
     for name, params, its_config in (("large", lively_params(config), config), ("odd", odd_params, odd_config)):
-        save_gpt2_params_to_tf_ckpt(params, its_config.to_hparams(), tmp_path / name)
-    extra_bytes = int(run_python(LOAD, tmp_path / "large", tmp_path / "odd"))
-    assert config.n_params < extra_bytes < 1.2 * 4 * config.n_params
+        (tmp_path / name).mkdir()
+        if format == "openai":
+            save_gpt2_params_to_tf_ckpt(params, its_config.to_hparams(), tmp_path / name)
+        else:
+            huggingface.write(tmp_path / name, its_config, leaves(params), None)
+    extra_bytes = int(run_python(LOAD, tmp_path / "large", tmp_path / "odd", *filter(None, [quantization])))
+    own, most = (0.25, 1.0) if quantization else (1.0, 1.25)  # measured 0.78 and 1.1
+    assert own < extra_bytes / (4 * config.n_params) < most
 
 
 def test_the_whole_graph_runs_on_8_bits_without_xla(odd_config, odd_params):

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import reference
 import tensorflow as tf
+from reference import lively_params
 
-from tf_gpt2 import Encoder, GPT2Config, TextGenerator, export_saved_model
+from tf_gpt2 import Encoder, GPT2Config, GPT2Model, TextGenerator, export_saved_model
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.cli import main
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.serving import export
+from tf_gpt2.tokenizer.encoder import bytes_to_unicode
 
 SIGNATURES = {"serving_default", "generate", "generate_ids", "next", "score", "embed", "logits", "encode", "decode"}
 TWINS = {f"{name}_xla" for name in SIGNATURES - {"encode", "decode"}}
@@ -51,6 +55,51 @@ def test_weights_that_are_no_numbers_are_not_exported(value, tmp_path):
     with pytest.raises(ParamsError, match=r"h1/.*c_fc/b holds NaN or infinity"):
         export_saved_model(generator, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_other_architectures_are_served_as_python_computes_them(monkeypatch, tmp_path):
+    """All that may differ from OpenAI's at once; the largest logits are those of ids without a token."""
+    vocabulary = {symbol: i for i, symbol in enumerate(bytes_to_unicode().values())}
+    config = GPT2Config(
+        n_vocab=260,
+        n_ctx=24,
+        n_embd=12,
+        n_head=3,
+        n_layer=2,
+        n_inner=17,
+        activation="gelu",
+        layer_norm_epsilon=0.01,
+        scale_attn_weights=False,
+        scale_attn_by_inverse_layer_idx=True,
+        tie_word_embeddings=False,
+    )
+    params = lively_params(config)
+    params["lm_head"][256:] *= 100
+    model = GPT2Model(config)
+    model.set_weights(params)
+    generator = TextGenerator(model, Encoder(vocabulary, []))
+    trace = export.ServedFunctions.signatures
+
+    def few(self):
+        return {name: one for name, one in trace(self).items() if name.startswith(("serving_default", "logits"))}
+
+    monkeypatch.setattr(export.ServedFunctions, "signatures", few)
+    served = tf.saved_model.load(
+        export_saved_model(generator, tmp_path / "export", max_new_tokens=8, xla=True, warm_up="none")
+    )
+    prompts, ids = ["To be", "or"], np.array([[1, 2, 3, 4]], np.int32)
+    wanted = generator.generate(prompts, max_new_tokens=8, jit_compile=False)
+    logits = reference.logits(ids[0], params, config.n_head, **architecture(config))
+    for suffix in ("", "_xla"):
+        found = served.signatures[f"serving_default{suffix}"](text=tf.constant(prompts))
+        assert [text.decode() for text in found["text"].numpy()] == wanted
+        found = served.signatures[f"logits{suffix}"](ids=tf.constant(ids), lengths=tf.constant([4]))
+        np.testing.assert_allclose(found["logits"][0], logits, atol=2e-5 * np.abs(logits).max())
+
+
+def architecture(config):
+    names = ("activation", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+    return {name: getattr(config, name) for name in names}
 
 
 def read_manifest(folder):

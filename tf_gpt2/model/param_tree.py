@@ -19,6 +19,7 @@ import tensorflow as tf
 from tf_gpt2.checkpoint.params import Tree, check_params, leaves, map_leaves
 from tf_gpt2.model.weights import (
     GROUP,
+    ROWS_AT_ONCE,
     AnyMatrix,
     Int4Matrix,
     Int8Matrix,
@@ -28,6 +29,7 @@ from tf_gpt2.model.weights import (
     quantize,
     quantize_4,
 )
+from tf_gpt2.runtime.tf_internals import empty, write_in_place
 
 QUANTIZATIONS = ("int8", "int4")
 """How the matrices of a model for inference may be rounded."""
@@ -37,7 +39,10 @@ _draws = contextvars.ContextVar("draws", default=True)
 
 @contextlib.contextmanager
 def blank_weights() -> Iterator[None]:
-    """Lets new layers start with zeros, for weights that are about to be read: drawing takes longer than reading."""
+    """Lets new layers start with any numbers, for weights that are about to be read.
+
+    Drawing takes longer than reading, and zeros take up the memory of all weights before the first is read.
+    """
     token = _draws.set(False)
     try:
         yield
@@ -46,8 +51,17 @@ def blank_weights() -> Iterator[None]:
 
 
 def normal(stddev: float) -> Any:
-    """Returns the initializer of a fresh weight: normal, or zeros inside ``blank_weights``."""
-    return keras.initializers.RandomNormal(stddev=stddev) if _draws.get() else "zeros"
+    """Returns the initializer of a fresh weight: normal, or any numbers inside ``blank_weights``."""
+    return keras.initializers.RandomNormal(stddev=stddev) if _draws.get() else empty
+
+
+def read_rows(stored: Any, dtype: Any) -> tf.Tensor:
+    """Reads a ``StoredTensor`` some rows at a time: TensorFlow copies each array of NumPy's twice."""
+    whole = empty(stored.shape, dtype)
+    for i in range(0, stored.shape[0], ROWS_AT_ONCE):
+        rows = tf.cast(stored[i : i + ROWS_AT_ONCE], dtype)
+        whole = write_in_place(whole, i + tf.range(rows.shape[0]), rows)
+    return whole
 
 
 def add_matrix(
@@ -113,7 +127,7 @@ class Leaf:
         All at once: an assignment to some rows would make TensorFlow copy the variable at each later read.
         """
         if not isinstance(array, np.ndarray | tf.Tensor):
-            array = tf.cast(array[:], self.variable.dtype)
+            array = read_rows(array, self.variable.dtype)
         self.variable.assign(array)
 
 

@@ -16,6 +16,14 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.eager import context
 
 
+def empty(shape: Sequence[int], dtype: Any) -> tf.Tensor:
+    """Allocates a tensor for ``write_in_place``; the system gives it no memory before something is written.
+
+    Test: ``tests/model/test_weights.py``, ``test_loading_peaks_near_the_weights``.
+    """
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=False)
+
+
 def owned_copy(x: tf.Tensor) -> tf.Tensor:
     """Copies a tensor into memory that no other tensor shares, which ``write_in_place`` may then change.
 
