@@ -180,8 +180,10 @@ def test_two_mirrored_replicas_train_as_one_device(run_python):
 
 NUMBERS = """
 import numpy as np, tensorflow as tf, keras, sys
-tf.debugging.enable_check_numerics()
 from tf_gpt2 import GPT2Config, GPT2Model, TextGenerator
+ruins = [tf.fill([n], np.float32(np.nan)) for n in range(1, 200000, 997)]
+del ruins  # what is allocated from here on may hold NaN
+tf.debugging.enable_check_numerics()
 config = GPT2Config(n_vocab=53, n_ctx=16, n_embd=8, n_head=2, n_layer=2)
 model, ids = GPT2Model(config), np.ones((2, 5), np.int32)
 assert np.isfinite(model(ids)).all() and np.isfinite(tf.function(model)(ids)).all()

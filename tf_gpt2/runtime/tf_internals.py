@@ -19,9 +19,11 @@ from tensorflow.python.eager import context
 def empty(shape: Sequence[int], dtype: Any) -> tf.Tensor:
     """Allocates a tensor for ``write_in_place``; the system gives it no memory before something is written.
 
+    It holds zeros where each result is looked at, as ``tf.debugging.enable_check_numerics`` does.
+
     Test: ``tests/model/test_weights.py``, ``test_loading_peaks_near_the_weights``.
     """
-    return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=False)
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=bool(context.context().op_callbacks))
 
 
 def owned_copy(x: tf.Tensor) -> tf.Tensor:
