@@ -96,7 +96,7 @@ def find_files(patterns: Iterable[str | Path], output: Path | None = None) -> li
 
     Args:
         patterns: paths, or patterns.
-        output: the job's own folder, whose files are no input: ``"**/*.jsonl"`` would find them when a job resumes.
+        output: the job's own folder, in which patterns find nothing: ``"**/*.jsonl"`` would name its parts on resuming.
 
     Raises:
         FileNotFoundError: when a pattern names no file.
@@ -107,7 +107,7 @@ def find_files(patterns: Iterable[str | Path], output: Path | None = None) -> li
         is_name = Path(pattern).is_file()  # perhaps with brackets in it
         found = [str(pattern)] if is_name else glob.glob(str(pattern), recursive=True)  # noqa: PTH207  # absolute, too
         files = [Path(os.path.abspath(path)) for path in found if Path(path).is_file()]  # noqa: PTH100  # without ".."
-        files = [path for path in files if output not in path.parents]
+        files = [path for path in files if is_name or output not in path.parents]
         if not files:
             hint = f"; it is a folder, name its files as {pattern}/*.jsonl" if Path(pattern).is_dir() else ""
             raise FileNotFoundError(f"input names no file: {str(pattern)!r}{hint}")
