@@ -102,8 +102,7 @@ def without_tokens_beyond(encoder: Encoder, n_vocab: int) -> Encoder:
     logger.warning("the model has no embedding of the added tokens %s: they are left out", ", ".join(sorted(beyond)))
     kept = {text: token for text, token in encoder.special_tokens.items() if text not in beyond}
     end = None if encoder.end_of_text is None else encoder.decode([encoder.end_of_text])
-    merges = sorted(encoder.bpe_ranks, key=encoder.bpe_ranks.__getitem__)
-    return Encoder(encoder.encoder, merges, special_tokens=kept, end_of_text=end or END_OF_TEXT)
+    return Encoder(encoder.encoder, vocabulary.merges_of(encoder), special_tokens=kept, end_of_text=end or END_OF_TEXT)
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str | Path) -> tuple[Encoder, dict[str, Any], Tree]:

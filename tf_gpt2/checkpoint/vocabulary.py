@@ -366,9 +366,14 @@ def check_gguf(encoder: Encoder) -> None:
         )
 
 
+def merges_of(encoder: Encoder) -> list[Pair]:
+    """Returns the merges in their order."""
+    return sorted(encoder.bpe_ranks, key=encoder.bpe_ranks.__getitem__)
+
+
 def merge_lines(encoder: Encoder) -> list[str]:
     """Returns the merges in their order, each as a line."""
-    return [" ".join(pair) for pair in sorted(encoder.bpe_ranks, key=encoder.bpe_ranks.__getitem__)]
+    return [" ".join(pair) for pair in merges_of(encoder)]
 
 
 def check_openai(encoder: Encoder) -> None:

@@ -22,7 +22,7 @@ from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.lora import save_lora
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.training.data import DataError, Ids, held_out_windows, read_ids, shuffled_windows, windows_per_epoch
-from tf_gpt2.training.fit import CHECKPOINTS, finetune, is_chief, remove_checkpoints
+from tf_gpt2.training.fit import CHECKPOINTS, check_numbers, finetune, is_chief, remove_checkpoints
 
 DTYPES = {
     "float32": {"dtype": "float32"},
@@ -174,10 +174,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.lora_rank is None and (recipe.lora_alpha is not None or tuple(recipe.lora_targets) != LORA_TARGETS):
         raise ValueError("lora_alpha and lora_targets need lora_rank: without it all weights are trained")
-    for name in ("steps", "epochs", "batch_size", "accumulate"):
-        value = getattr(recipe, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    numbers = {name: getattr(recipe, name) for name in ("steps", "epochs", "batch_size", "accumulate")}
+    check_numbers(**{name: number for name, number in numbers.items() if number is not None})
     if not 0 <= recipe.dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {recipe.dropout}")
 
