@@ -7,7 +7,8 @@ An environment is built again when its requirements change. One that cannot be b
     python -m benchmarks.environments tensorflow-2.12 apache-beam-2.77
 
 ``requirements/ENGINE.txt`` lists the packages; ``requirements/ENGINE.no_deps.txt``, where there is one, those to
-install without their dependencies. llama.cpp is compiled, which takes minutes and a C++ compiler. Needs no package.
+install without their dependencies, and ``requirements/ENGINE.source.txt`` those whose source is unpacked in
+``.peers/ENGINE/src``. llama.cpp is compiled, which takes minutes and a C++ compiler. Needs no package.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -52,17 +54,25 @@ def build(engine: str, folder: Path) -> bool:
     if not (folder / "bin" / "python").exists():
         venv.create(folder, with_pip=True)
     stamp.unlink(missing_ok=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     for path in files:
-        no_deps = ["--no-deps"] if path.stem.endswith(".no_deps") else []
-        if subprocess.run([*pip, *no_deps, "-r", str(path)]).returncode:
+        if subprocess.run([*pip, *what_to_do(path, folder), "-r", str(path)]).returncode:
             return False
+    for archive in (folder / "src").glob("*.tar.gz"):
+        shutil.unpack_archive(archive, folder / "src", filter="data")
     stamp.write_text(content, encoding="utf-8")
     return True
 
 
+def what_to_do(path: Path, folder: Path) -> list[str]:
+    """Returns pip's command for a file of requirements."""
+    if path.stem.endswith(".source"):
+        return ["download", "--no-deps", "--dest", str(folder / "src")]
+    return ["install", "--no-deps"] if path.stem.endswith(".no_deps") else ["install"]
+
+
 def requirement_files(engine: str) -> list[Path]:
-    paths = [REQUIREMENTS / f"{engine}.txt", REQUIREMENTS / f"{engine}.no_deps.txt"]
+    paths = [REQUIREMENTS / f"{engine}{kind}.txt" for kind in ("", ".no_deps", ".source")]
     return [path for path in paths if path.exists()]
 
 

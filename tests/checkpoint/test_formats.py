@@ -261,6 +261,7 @@ def test_added_tokens_beyond_the_model_are_left_out_and_told(saved, tmp_path, ca
     _, encoder = tf_gpt2.load(tmp_path / "x")
     assert encoder.special_tokens.keys() == {"<|endoftext|>", "<|user|>"}
     assert "no embedding of the added tokens [PAD]" in caplog.text
+    assert tf_gpt2.get_encoder("x", tmp_path).special_tokens == encoder.special_tokens
 
 
 @pytest.mark.parametrize("is_folder", [True, False])

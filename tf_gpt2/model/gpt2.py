@@ -260,7 +260,7 @@ class GPT2Model(ParamTree, keras.Model):
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, the config as a plain dict."""
         arguments = {"config": self.config.to_hparams(), "dropout": self.dropout, "quantization": self.quantization}
-        of_lora = {} if self.lora is None else {"lora": dataclasses.asdict(self.lora)}
+        of_lora = {} if self.lora is None else {"lora": dataclasses.asdict(lora.described(self))}
         return {**super().get_config(), **arguments, **of_lora}
 
     @classmethod

@@ -132,6 +132,16 @@ def merge(model: Any) -> None:
     forget_compiled(model)
 
 
+def described(model: Any) -> Lora:
+    """Returns ``model.lora`` with the alpha of the scale in use: ``load_weights`` brings that of another model."""
+    lora = model.lora
+    _, linear = linears(model, lora.places)[0]
+    scale = np.asarray(linear.lora_scale.value)
+    if scale == np.float32(lora.alpha / lora.rank):
+        return lora
+    return dataclasses.replace(lora, alpha=float(scale * np.float32(lora.rank)))
+
+
 def remove_from(linear: Any) -> None:
     """Removes the additions of a layer."""
     for name in ("lora_a", "lora_b", "lora_scale"):
@@ -170,7 +180,8 @@ def save_lora(model: Any, folder: str | Path, *, base: str | None = None) -> Non
         name: (np.asarray(linear.lora_a.value), np.asarray(linear.lora_b.value))
         for name, linear in linears(model, model.lora.places)
     }
-    write_adapter(Adapter(model.lora.rank, model.lora.alpha, model.lora.targets, pairs), folder, base=base)
+    lora = described(model)
+    write_adapter(Adapter(lora.rank, lora.alpha, lora.targets, pairs), folder, base=base)
 
 
 def load_lora(model: Any, folder: str | Path) -> None:
