@@ -19,8 +19,10 @@ from tf_gpt2.generation.generate import generate, warm_up
 from tf_gpt2.generation.loop import decode, prefill
 from tf_gpt2.generation.scoring import score
 from tf_gpt2.model.arithmetic import graph, xla
+from tf_gpt2.model.arithmetic.native import MOST_FLOAT_ROWS
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import weights_of
+from tf_gpt2.runtime import kernels
 from tf_gpt2.runtime.tf_internals import address, call_flat, read_without_copy
 
 CONFIG = GPT2Config(n_vocab=17, n_ctx=12, n_embd=4, n_head=1, n_layer=1)
@@ -222,12 +224,24 @@ def test_they_are_made_once():
     assert all(one is other for tree in found for one, other in zip(tree, found[0], strict=True))
 
 
-def test_one_row_and_plain_code_get_none():
+def test_one_row_and_plain_code_get_none(monkeypatch):
+    monkeypatch.setenv(kernels.ENV_VAR, "xla")
     model = make_model()
     for options in ({"jit_compile": True}, {"jit_compile": False, "n_rows": 2}):
         weights = compiled(decode, model, **options).args[0]
         assert all(matrix.transposed is None for matrix in matrices(weights))
     assert all(m.transposed is not None for m in matrices(compiled(decode, model, jit_compile=True, n_rows=2).args[0]))
+
+
+@pytest.mark.skipif(not kernels.are_chosen(), reason="no native kernels for this processor")
+def test_rows_that_the_kernels_multiply_get_none():
+    def has_twins(n_rows, dtype="float32"):
+        weights = compiled(decode, make_model(dtype=dtype), jit_compile=True, n_rows=n_rows).args[0]
+        return any(matrix.transposed is not None for matrix in matrices(weights))
+
+    assert not has_twins(MOST_FLOAT_ROWS)
+    assert has_twins(MOST_FLOAT_ROWS + 1)
+    assert has_twins(2, "bfloat16")
 
 
 def assign_one(model):
@@ -267,7 +281,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_transposed_weights_follow_a_change(change):
+def test_transposed_weights_follow_a_change(change, monkeypatch):
+    monkeypatch.setenv(kernels.ENV_VAR, "xla")  # whose products use them
     model, fresh = make_model(), GPT2Model(WIDER)
     before = generate(model, PROMPTS, max_new_tokens=8)
     old = [twin.numpy() for twin in twins(model)]

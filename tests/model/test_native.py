@@ -14,7 +14,7 @@ from tf_gpt2.config import GPT2Config
 from tf_gpt2.generation.generate import generate
 from tf_gpt2.model.arithmetic import native, plain
 from tf_gpt2.model.gpt2 import GPT2Model
-from tf_gpt2.model.weights import Int4Matrix, Int8Matrix, quantize, quantize_4
+from tf_gpt2.model.weights import Int4Matrix, Int8Matrix, Matrix, quantize, quantize_4
 from tf_gpt2.runtime import kernels
 from tf_gpt2.runtime.tf_internals import call_foreign
 
@@ -139,9 +139,43 @@ def test_extreme_numbers(instruction_set):
     np.testing.assert_allclose(found[:, 0], [96 * 7, -96 * 7, 0, 0], rtol=1e-6)
 
 
+def run_floats(instruction_set, x, w):
+    """Calls the library without XLA; checks that nothing is written outside the result."""
+    copies = [guarded(array) for array in (x, w, np.zeros((len(x), len(w)), np.float32))]
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array, _ in copies]
+    library = kernels.load_library()
+    assert library.tf_gpt2_float_product(instruction_set.encode(), *pointers, len(x), x.shape[1], len(w)) == 0
+    for (_, memory), old in zip(copies, (x, w, None), strict=True):
+        assert (memory[:GUARD] == 0xA5).all() and (memory[-GUARD:] == 0xA5).all()
+        assert old is None or memory[GUARD:-GUARD].tobytes() == old.tobytes()
+    return copies[2][0]
+
+
+@needs_library
+@IN_ALL_SETS
+@pytest.mark.parametrize("n_in", [1, 7, 16, 63, 200])
+def test_a_product_of_floats_is_exact_and_each_row_s_own(n_in, instruction_set):
+    rng = np.random.default_rng(n_in)
+    for n_out in (1, 2, 3, 7, 16, 50):
+        x, w = (rng.standard_normal((n, n_in)).astype(np.float32) for n in (17, n_out))
+        exact = x.astype(float) @ w.T.astype(float)
+        rows = [run_floats(instruction_set, x[i : i + 1], w)[0] for i in range(17)]
+        for n_rows in (*range(1, 12), 17):
+            together = run_floats(instruction_set, x[:n_rows], w)
+            np.testing.assert_array_equal(together, rows[:n_rows])
+            np.testing.assert_allclose(together, exact[:n_rows], atol=1e-6 * n_in)
+        beside = x.copy()
+        beside[3], beside[5, 0] = np.nan, np.inf
+        found = run_floats(instruction_set, beside, w)
+        assert np.isnan(found[3]).all() and not np.isfinite(found[5]).any()
+        others = [row for row in range(17) if row not in (3, 5)]
+        np.testing.assert_array_equal(found[others], np.array(rows)[others])
+
+
 @needs_library
 def test_another_instruction_set_is_refused():
     assert kernels.load_library().tf_gpt2_product(b"sse9", 0, None, None, None, None, 1, 1, 1) == 1
+    assert kernels.load_library().tf_gpt2_float_product(b"sse9", None, None, None, 1, 1, 1) == 1
 
 
 # ---- outliers
@@ -205,11 +239,29 @@ def test_xla_gets_what_the_library_computes(matrix):
     assert np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
 
 
+@needs_library
+@pytest.mark.parametrize("n_rows", [1, 5, native.MOST_FLOAT_ROWS, native.MOST_FLOAT_ROWS + 1])
+def test_xla_gets_what_the_library_computes_of_floats(n_rows):
+    assert not kernels.why_not_registered()
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal((n, 100)).astype(np.float32) for n in (n_rows, 50))
+    function = tf.function(native.product, jit_compile=True)
+    found = function(x[:, None], Matrix(tf.constant(w))).numpy()[:, 0]
+    np.testing.assert_allclose(found, x.astype(float) @ w.T.astype(float), atol=1e-5)
+    is_ours = "tf_gpt2_product_f_v1" in function.experimental_get_compiler_ir(x[:, None], Matrix(w))(stage="hlo")
+    assert is_ours == (n_rows <= native.MOST_FLOAT_ROWS)
+    if is_ours:
+        np.testing.assert_array_equal(found, run_floats(kernels.instruction_sets()[0], x, w))
+
+
 def test_wrong_shapes_are_refused_by_name(matrix):
     name = f"tf_gpt2_product_{8 if isinstance(matrix, Int8Matrix) else 4}_v1"
     function = tf.function(lambda *inputs: call_foreign(name, inputs, (3, 50)), jit_compile=True)
     with pytest.raises(tf.errors.InvalidArgumentError, match="weights must be int8"):
         function(tf.ones((3, 300)), matrix.value, matrix.scale)
+    function = tf.function(lambda *inputs: call_foreign("tf_gpt2_product_f_v1", inputs, (3, 50)), jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="weights must be float32"):
+        function(tf.ones((3, 300)), tf.ones((50, 200)))
 
 
 @needs_library
@@ -231,7 +283,7 @@ PROMPTS = [[5, 6, 7], [1, 2], [9], [3, 4, 5, 6, 7, 8], [2] * 9]
 
 
 @needs_library
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_many_requests_at_a_time_end_and_are_each_as_alone(quantization):
     model = make_model(quantization)
     wanted = [generate(model, [prompt], max_new_tokens=12).ids for prompt in PROMPTS]

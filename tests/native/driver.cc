@@ -43,6 +43,26 @@ std::vector<float> compute(const Kernels& kernels, const Pool& pool, bool is_4_b
   return y;
 }
 
+// Returns how many results differ from the row computed alone, or from a sum in double precision by more than rounding.
+int n_wrong_floats(const Kernels& kernels, const Pool& pool, int n_rows, int n_in, int n_out) {
+  auto x = random_numbers<float>((size_t)n_rows * n_in, -1000, 1000);
+  auto weights = random_numbers<float>((size_t)n_out * n_in, -1000, 1000);
+  std::vector<float> y((size_t)n_rows * n_out), alone(n_out);
+  run_floats({x.data(), weights.data(), y.data(), n_rows, n_in, n_out}, kernels, pool);
+  int n_wrong = 0;
+  for (int row = 0; row < n_rows; ++row) {
+    const float* x_row = x.data() + (size_t)row * n_in;
+    run_floats({x_row, weights.data(), alone.data(), 1, n_in, n_out}, kernels, Pool());
+    for (int output = 0; output < n_out; ++output) {
+      double exact = 0;
+      for (int i = 0; i < n_in; ++i) exact += (double)x_row[i] * weights[(size_t)output * n_in + i];
+      const float found = y[(size_t)row * n_out + output];
+      n_wrong += found != alone[output] || std::abs(found - exact) > 1e-6 * 1e6 * n_in;
+    }
+  }
+  return n_wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -64,6 +84,13 @@ int main() {
             n_wrong += compute(*set->kernels, pool, is_4_bit, n_rows, n_in, n_out) != wanted;
             ++n_cases;
           }
+    for (int n_in : {1, 7, 16, 31, 200})
+      for (int n_out : {1, 2, 3, 7, 50})
+        for (int n_rows : {1, 2, 3, 5, 8, 11}) {
+          n_wrong += n_wrong_floats(*set->kernels, Pool(), n_rows, n_in, n_out) != 0;
+          n_wrong += n_wrong_floats(*set->kernels, pool, n_rows, n_in, n_out) != 0;
+          ++n_cases;
+        }
     printf("%s: %d cases, %d wrong\n", set->name, n_cases, n_wrong);
   }
   // many requests at a time

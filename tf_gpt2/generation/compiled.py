@@ -81,7 +81,7 @@ def compiled(
         function: takes a ``Network``, tensors and integers.
         model: whose weights to compute with; a later change of them counts, but in transposed twins.
         jit_compile: whether XLA compiles; it does not while ``tf.debugging.enable_check_numerics`` is on.
-        n_rows: how many rows its products have: for several XLA uses transposed twins of the weights.
+        n_rows: how many rows its products have: for several XLA's products use transposed twins of the weights.
 
     Raises:
         ImportError: when ``TF_GPT2_KERNELS`` demands kernels that cannot be used.
@@ -90,7 +90,7 @@ def compiled(
     jit_compile = jit_compile and not watches_operations()
     ops = arithmetic(jit_compile=jit_compile)
     weights = weights_of(model)
-    if jit_compile and n_rows > 1 and model.quantization is None:
+    if model.quantization is None and ops.needs_twins(n_rows, model.compute_dtype):
         weights = twins_of(model).add_to(weights)
     return functools.partial(compiled_for(function, model.config, model.compute_dtype, ops), weights)
 

@@ -23,6 +23,9 @@ class Ops(Protocol):
     SORTS: bool
     """Whether sorting the vocabulary takes less time than finding a threshold by bisection."""
 
+    def needs_twins(self, n_rows: int, dtype: str) -> bool:
+        """Whether products of so many rows of a dtype need transposed twins of float matrices to be fast."""
+
     def prepare(self, weights: Any) -> Any:
         """Converts the weights for a decode loop; called once, before the loop."""
 

@@ -21,7 +21,7 @@ SORTS = True
 
 prepare, gather, product, transpose_heads = plain.prepare, plain.gather, plain.product, plain.transpose_heads
 places, write, owned, first_largest = plain.places, plain.write, plain.owned, plain.first_largest
-once, branch = plain.once, plain.branch
+once, branch, needs_twins = plain.once, plain.branch, plain.needs_twins
 
 SLOPE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715

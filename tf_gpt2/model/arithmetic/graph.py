@@ -26,7 +26,7 @@ Measured: ``python -m benchmarks.serving``, Intel Sapphire Rapids, 2026-11.
 """
 
 gather, norm, owned, once, branch = plain.gather, plain.norm, owned_copy, xla.once, not_inlined
-first_largest = plain.first_largest
+first_largest, needs_twins = plain.first_largest, plain.needs_twins
 
 
 def prepare(weights: Any) -> Any:

@@ -15,6 +15,11 @@ JIT_COMPILE = False
 SORTS = True
 
 
+def needs_twins(n_rows: int, dtype: str) -> bool:
+    """Never: it multiplies by the matrix as it is."""
+    return False
+
+
 def prepare(weights: Any) -> Any:
     """Returns the weights as they are."""
     return weights

@@ -30,6 +30,11 @@ prepare, transpose_heads, weighted_sum = plain.prepare, plain.transpose_heads, p
 places, write, owned, branch = plain.places, plain.write, plain.owned, plain.branch
 
 
+def needs_twins(n_rows: int, dtype: str) -> bool:
+    """Whether products need transposed twins to be fast: those of several rows take 1.5 times as long without."""
+    return n_rows > 1
+
+
 def gather(table: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     """Looks up rows; a bfloat16 table is read as uint16 bits, because XLA would first convert all of it to float32."""
     table = tf.convert_to_tensor(table)

@@ -1,8 +1,10 @@
-// Products of float rows with 8-bit and 4-bit matrices, y = x w', for functions that XLA compiles.
+// Products of a few float rows with 8-bit, 4-bit and float matrices, y = x w', for functions that XLA compiles. Each weight
+// is read once for up to eight rows, and a row's result is the same whatever its neighbours.
 //
-// Each row is rounded to 8 bits, a scale per block of columns: 16 columns for 8-bit weights, 32 for 4-bit ones. A block's
+// With integers, each row is rounded to 8 bits, a scale per block of columns: 16 columns for 8-bit weights, 32 for 4-bit ones. A block's
 // products are summed in integers, exactly; the blocks' sums, times their scales, are added one after the other in
-// float32. So a row's result is the same whatever its neighbours, on any processor, and with any number of threads.
+// float32. So a row's result is the same on any processor, and with any number of threads. With floats, a sum has as many
+// parts as a register has lanes, so only on processors with the same instruction set.
 //
 // 8-bit weights are int8 (n_out, n_in), at least -127, with a float32 scale per output. 4-bit weights are uint8
 // (n_out, n_groups * 16): byte i of a group of 32 has the number of column i in its lower half and that of column 16 + i
@@ -52,14 +54,23 @@ struct Product {
   int32_t* corrections;  // (n_rows, n_blocks), what makes up for the offset of the weights
 };
 
+// One product of floats: x (n_rows, n_in), weights (n_out, n_in) -> y (n_rows, n_out).
+struct FloatProduct {
+  const float *x, *weights;
+  float* y;
+  int n_rows, n_in, n_out;
+};
+
 typedef void Round(const Product&, int offset, int first_row, int end_row);
 typedef void Multiply(const Product&, void* panel, int first_row, int end_row, int first, int end);
+typedef void MultiplyFloats(const FloatProduct&, int first, int end);
 
 // The functions for one instruction set.
 struct Kernels {
   int lanes, offset_8;
   Round *round_8, *round_4;
   Multiply *multiply_8, *multiply_4;
+  MultiplyFloats* multiply_floats;
 };
 
 // ---- portable
@@ -67,6 +78,9 @@ struct Kernels {
 namespace portable {
 constexpr int LANES = 4, MOST_ROWS = 4, OFFSET = 0;
 typedef int32_t Words __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(16)));
+
+static inline Floats multiply_add(Floats a, Floats b, Floats sums) { return sums + a * b; }
 
 static inline Words prepare(Words line) { return line; }
 
@@ -87,6 +101,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 }
 
 #include "product.inc"
+#include "float_product.inc"
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -94,7 +109,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 // ---- AVX2
 
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 
 // Transposes 8 x 8 words.
 static inline void transpose_8(const __m256i in[8], __m256i out[8]) {
@@ -126,6 +141,11 @@ static inline void transpose_8_rows(const uint8_t* from, size_t stride, uint32_t
 namespace avx2 {
 constexpr int LANES = 8, MOST_ROWS = 4, OFFSET = 0;
 typedef int32_t Words __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(32)));
+
+static inline Floats multiply_add(Floats a, Floats b, Floats sums) {
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums);
+}
 
 static inline Words prepare(Words line) { return line; }
 
@@ -146,16 +166,22 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 }
 
 #include "product.inc"
+#include "float_product.inc"
 }  // namespace avx2
 #pragma GCC pop_options
 
 // ---- AVX-VNNI: AVX2 with 8-bit dot products
 
 #pragma GCC push_options
-#pragma GCC target("avx2,avxvnni")
+#pragma GCC target("avx2,fma,avxvnni")
 namespace avx_vnni {
 constexpr int LANES = 8, MOST_ROWS = 4, OFFSET = 128;
 typedef int32_t Words __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(32)));
+
+static inline Floats multiply_add(Floats a, Floats b, Floats sums) {
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sums);
+}
 
 static inline Words prepare(Words line) { return line ^ (Words{} + (int32_t)0x80808080); }
 
@@ -170,6 +196,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 }
 
 #include "product.inc"
+#include "float_product.inc"
 }  // namespace avx_vnni
 #pragma GCC pop_options
 
@@ -180,6 +207,11 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 namespace avx512_vnni {
 constexpr int LANES = 16, MOST_ROWS = 8, OFFSET = 128;
 typedef int32_t Words __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
+
+static inline Floats multiply_add(Floats a, Floats b, Floats sums) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sums);
+}
 
 static inline Words prepare(Words line) { return line ^ (Words{} + (int32_t)0x80808080); }
 
@@ -212,6 +244,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 }
 
 #include "product.inc"
+#include "float_product.inc"
 }  // namespace avx512_vnni
 #pragma GCC pop_options
 
@@ -224,6 +257,11 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 namespace neon_dotprod {
 constexpr int LANES = 4, MOST_ROWS = 8, OFFSET = 0;
 typedef int32_t Words __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(16)));
+
+static inline Floats multiply_add(Floats a, Floats b, Floats sums) {
+  return (Floats)vfmaq_f32((float32x4_t)sums, (float32x4_t)a, (float32x4_t)b);
+}
 
 static inline Words prepare(Words line) { return line; }
 
@@ -249,6 +287,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 }
 
 #include "product.inc"
+#include "float_product.inc"
 }  // namespace neon_dotprod
 #pragma GCC pop_options
 
@@ -270,8 +309,10 @@ const InstructionSet* instruction_sets() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni"),
        &avx512_vnni::kernels},
-      {"avx_vnni", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"), &avx_vnni::kernels},
-      {"avx2", (bool)__builtin_cpu_supports("avx2"), &avx2::kernels},
+      {"avx_vnni",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni"),
+       &avx_vnni::kernels},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kernels},
 #elif defined(__aarch64__) && defined(__linux__)
       {"neon_dotprod", (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0, &neon_dotprod::kernels},
 #endif
@@ -414,6 +455,16 @@ void run(Product p, bool is_4_bit, const Kernels& kernels, const Pool& pool) {
   in_pieces(pool, n_parts * divide_up(p.n_rows, ROWS_AT_ONCE), multiply_part);
 }
 
+void run_floats(const FloatProduct& p, const Kernels& kernels, const Pool& pool) {
+  if (p.n_rows == 0 || p.n_out == 0) return;
+  const int n_each = divide_up(p.n_out, 8 * pool.n_threads);  // several pieces for each thread, as above
+  auto multiply_part = [&](int piece) {
+    const int first = piece * n_each, end = first + n_each;
+    kernels.multiply_floats(p, first, end < p.n_out ? end : p.n_out);
+  };
+  in_pieces(pool, divide_up(p.n_out, n_each), multiply_part);
+}
+
 // Makes a product of plain arrays.
 Product make_product(const float* x, const void* weights, const void* scales, float* y, int n_rows, int n_in, int n_out,
                      bool is_4_bit) {
@@ -457,15 +508,20 @@ Pool pool_of(const Call& call) {
   return {call.api, call.context, (int)(n_threads < 1 ? 1 : n_threads)};
 }
 
+// Answers XLA where it asks only which version of the interface a handler is for; returns whether it did.
+bool is_question(Call* call) {
+  using namespace xla_ffi;
+  if (!call->head.extensions || call->head.extensions->type != METADATA) return false;
+  Metadata* metadata = ((MetadataExtension*)call->head.extensions)->metadata;
+  metadata->version = {head<Version>(), MAJOR, MINOR};
+  metadata->traits = 0;
+  return true;
+}
+
 // x (n_rows, n_in), weights (n_out, bytes), scales -> y (n_rows, n_out)
 xla_ffi::Error* product(Call* call, bool is_4_bit) {
   using namespace xla_ffi;
-  if (call->head.extensions && call->head.extensions->type == METADATA) {
-    Metadata* metadata = ((MetadataExtension*)call->head.extensions)->metadata;
-    metadata->version = {head<Version>(), MAJOR, MINOR};
-    metadata->traits = 0;
-    return nullptr;
-  }
+  if (is_question(call)) return nullptr;
   if (call->arguments.n != 3 || call->results.n != 1) return refuse(*call, "expected x, weights, scales -> y");
   const Buffer &x = *call->arguments.buffers[0], &weights = *call->arguments.buffers[1];
   const Buffer &scales = *call->arguments.buffers[2], &y = *call->results.buffers[0];
@@ -483,6 +539,22 @@ xla_ffi::Error* product(Call* call, bool is_4_bit) {
   } catch (const std::bad_alloc&) {
     return refuse(*call, "no memory for the rounded rows");
   }
+  return nullptr;
+}
+
+// x (n_rows, n_in), weights (n_out, n_in) -> y (n_rows, n_out)
+xla_ffi::Error* product_f(Call* call) {
+  using namespace xla_ffi;
+  if (is_question(call)) return nullptr;
+  if (call->arguments.n != 2 || call->results.n != 1) return refuse(*call, "expected x, weights -> y");
+  const Buffer &x = *call->arguments.buffers[0], &weights = *call->arguments.buffers[1];
+  const Buffer& y = *call->results.buffers[0];
+  if (!is_array(x, F32, -1, -1)) return refuse(*call, "x must be float32 (n_rows, n_in)");
+  if (!is_array(weights, F32, -1, x.sizes[1])) return refuse(*call, "weights must be float32 (n_out, n_in)");
+  if (!is_array(y, F32, x.sizes[0], weights.sizes[0])) return refuse(*call, "y must be float32 (n_rows, n_out)");
+  const int n_rows = (int)x.sizes[0], n_in = (int)x.sizes[1], n_out = (int)weights.sizes[0];
+  run_floats({(const float*)x.data, (const float*)weights.data, (float*)y.data, n_rows, n_in, n_out},
+             *find_kernels(nullptr), pool_of(*call));
   return nullptr;
 }
 
@@ -513,6 +585,15 @@ EXPORTED int tf_gpt2_product(const char* instruction_set, int is_4_bit, const fl
   return 0;
 }
 
+// The same for floats: x (n_rows, n_in), weights (n_out, n_in) -> y (n_rows, n_out).
+EXPORTED int tf_gpt2_float_product(const char* instruction_set, const float* x, const float* weights, float* y,
+                                   int n_rows, int n_in, int n_out) {
+  const Kernels* kernels = find_kernels(instruction_set);
+  if (!kernels) return 1;
+  run_floats({x, weights, y, n_rows, n_in, n_out}, *kernels, Pool());
+  return 0;
+}
+
 // Registers the products with XLA. Writes why not, or nothing. Code that was compiled and kept on disk calls them by these
 // names: products that take other arguments, or give other results, need other names.
 EXPORTED void tf_gpt2_register(const void* api_table, char* why_not, size_t size) {
@@ -527,7 +608,7 @@ EXPORTED void tf_gpt2_register(const void* api_table, char* why_not, size_t size
   struct {
     const char* name;
     Handler* handler;
-  } const products[] = {{"tf_gpt2_product_8_v1", product_8}, {"tf_gpt2_product_4_v1", product_4}};
+  } const products[] = {{"tf_gpt2_product_8_v1", product_8}, {"tf_gpt2_product_4_v1", product_4}, {"tf_gpt2_product_f_v1", product_f}};
   for (const auto& one : products) {
     Registration registration = {head<Registration>(), {one.name, strlen(one.name)}, {"Host", 4}, nullptr, nullptr,
                                  nullptr,              one.handler,                  0};
