@@ -19,7 +19,6 @@ from tf_gpt2.generation.generate import generate, warm_up
 from tf_gpt2.generation.loop import decode, prefill
 from tf_gpt2.generation.scoring import score
 from tf_gpt2.model.arithmetic import graph, xla
-from tf_gpt2.model.arithmetic.native import MOST_FLOAT_ROWS
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import weights_of
 from tf_gpt2.runtime import kernels
@@ -239,8 +238,8 @@ def test_rows_that_the_kernels_multiply_get_none():
         weights = compiled(decode, make_model(dtype=dtype), jit_compile=True, n_rows=n_rows).args[0]
         return any(matrix.transposed is not None for matrix in matrices(weights))
 
-    assert not has_twins(MOST_FLOAT_ROWS)
-    assert has_twins(MOST_FLOAT_ROWS + 1)
+    assert not has_twins(kernels.MOST_FLOAT_ROWS)
+    assert has_twins(kernels.MOST_FLOAT_ROWS + 1)
     assert has_twins(2, "bfloat16")
 
 

@@ -240,7 +240,7 @@ def test_xla_gets_what_the_library_computes(matrix):
 
 
 @needs_library
-@pytest.mark.parametrize("n_rows", [1, 5, native.MOST_FLOAT_ROWS, native.MOST_FLOAT_ROWS + 1])
+@pytest.mark.parametrize("n_rows", [1, 5, kernels.MOST_FLOAT_ROWS, kernels.MOST_FLOAT_ROWS + 1])
 def test_xla_gets_what_the_library_computes_of_floats(n_rows):
     assert not kernels.why_not_registered()
     rng = np.random.default_rng(0)
@@ -249,7 +249,7 @@ def test_xla_gets_what_the_library_computes_of_floats(n_rows):
     found = function(x[:, None], Matrix(tf.constant(w))).numpy()[:, 0]
     np.testing.assert_allclose(found, x.astype(float) @ w.T.astype(float), atol=1e-5)
     is_ours = "tf_gpt2_product_f_v1" in function.experimental_get_compiler_ir(x[:, None], Matrix(w))(stage="hlo")
-    assert is_ours == (n_rows <= native.MOST_FLOAT_ROWS)
+    assert is_ours == (n_rows <= kernels.MOST_FLOAT_ROWS)
     if is_ours:
         np.testing.assert_array_equal(found, run_floats(kernels.instruction_sets()[0], x, w))
 

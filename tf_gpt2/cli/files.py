@@ -110,11 +110,12 @@ def describe_machine() -> dict[str, str]:
         used = "XLA's: the native kernels have no instruction set of this processor"
     else:
         used = f"native, {sets[0]}"
+    of_floats = f"{used}; of more than {kernels.MOST_FLOAT_ROWS} rows XLA's" if used.startswith("native") else used
     return {
         "processor": kernels.processor(),
         "native kernels": ", ".join(sets) or "none",
         "products of": "",
-        "  float32": "XLA's",
-        "  bfloat16": "XLA's",
         "  int8, int4": used,
+        "  float32": of_floats,
+        "  bfloat16": "XLA's",
     }

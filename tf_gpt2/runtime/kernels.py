@@ -1,4 +1,4 @@
-"""Finds the native kernels, products with 8-bit and 4-bit weights, and makes them known to XLA.
+"""Finds the native kernels, products with 8-bit, 4-bit and float weights, and makes them known to XLA.
 
 They are a library that pip compiles from ``runtime/native`` where there is a compiler; without it XLA's own products
 are used. The environment variable ``TF_GPT2_KERNELS`` chooses: ``native`` demands the kernels, ``xla`` and ``off`` do
@@ -15,6 +15,8 @@ from pathlib import Path
 
 ENV_VAR = "TF_GPT2_KERNELS"
 CHOICES = ("off", "xla", "native")
+MOST_FLOAT_ROWS = 16
+"""The kernels multiply up to so many rows by floats; with more, XLA's products, of blocks of a matrix, catch up."""
 PORTABLE = "portable"
 """The instruction set that every processor has, too slow to be chosen unasked."""
 BUILD = "install g++ 12 or newer, and then tf_gpt2 again by pip install --force-reinstall --no-cache-dir"

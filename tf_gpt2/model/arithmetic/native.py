@@ -10,12 +10,10 @@ import tensorflow as tf
 
 from tf_gpt2.model.arithmetic import xla
 from tf_gpt2.model.weights import AnyMatrix, Int4Matrix, Int8Matrix
+from tf_gpt2.runtime.kernels import MOST_FLOAT_ROWS
 from tf_gpt2.runtime.tf_internals import call_foreign
 
 JIT_COMPILE, SORTS = xla.JIT_COMPILE, xla.SORTS
-
-MOST_FLOAT_ROWS = 16
-"""With more rows than these, XLA multiplies float32 numbers."""
 
 prepare, gather, norm, gelu, transpose_heads = xla.prepare, xla.gather, xla.norm, xla.gelu, xla.transpose_heads
 attention_weights, weighted_sum = xla.attention_weights, xla.weighted_sum
