@@ -11,7 +11,7 @@ from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.text.generator import DTYPES
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_it_generates_what_generate_does(precision):
     prompts = np.random.default_rng(0).integers(1024, size=(2, 5)).tolist()
     model = GPT2Model.from_checkpoint(embedded_dir(), **DTYPES[precision])

@@ -324,9 +324,8 @@ def test_looking_at_checksums_is_no_use_of_an_entry(cache):
 # ---- with TensorFlow
 
 
-@pytest.mark.parametrize("name", ["with a space", "with\"quotes'", "back\\slash"])
-def test_another_process_finds_what_the_first_compiled(tmp_path, name):
-    folder = tmp_path / name
+def test_another_process_finds_what_the_first_compiled(tmp_path):
+    folder = tmp_path / "with a space, \"quotes' and a back\\slash"
     environment = {**os.environ, compile_cache.ENV_VAR: str(folder), "TF_XLA_FLAGS": ""}
 
     def run():
@@ -337,8 +336,6 @@ def test_another_process_finds_what_the_first_compiled(tmp_path, name):
     first = run()
     assert len(first) == 2  # prefill and decode
     assert run() == first
-    if name != "with a space":
-        return
     damaged, other = first
     size = damaged.stat().st_size
     flip(damaged, size // 2)

@@ -81,9 +81,10 @@ class AdamW:
         self._betas = beta_1, beta_2
         self._epsilon = epsilon
         self._decays = [weight_decay if len(variable.shape) > 1 else 0.0 for variable in self.variables]
-        # one device: XLA makes one pass over the memory of each variable
+        # one device: XLA makes one pass over the memory of a large variable; hundreds of small ones it compiles for seconds
         is_alone = not tf.distribute.has_strategy()
-        self._update = tf.function(self._apply, jit_compile=is_alone, autograph=False)
+        self._update_large = tf.function(self._apply, jit_compile=is_alone, autograph=False)
+        self._update_small = tf.function(self._apply, autograph=False)
 
     def update(self, gradients: Sequence[tf.Tensor], *, scale: Any, rate: float, number: int) -> None:
         """Changes the variables.
@@ -96,16 +97,18 @@ class AdamW:
         """
         corrections = [1 - beta ** (number + 1) for beta in self._betas]
         numbers = tf.constant([rate / corrections[0], 1 / math.sqrt(corrections[1])], tf.float32)
-        for group in self._groups():
+        large, small = self._groups()
+        calls = [*((self._update_large, [i]) for i in large), (self._update_small, small)]
+        for function, group in calls:
             parts = [[self.variables[i], *self.slots[2 * i : 2 * i + 2], gradients[i]] for i in group]
             decays = tf.constant([rate * self._decays[i] for i in group], tf.float32)
-            self._update(parts, decays, tf.convert_to_tensor(scale), numbers)
+            function(parts, decays, tf.convert_to_tensor(scale), numbers)
 
-    def _groups(self) -> list[list[int]]:
-        """Returns the places of variables to change at once: a large one alone, to need no memory for many copies."""
+    def _groups(self) -> tuple[list[int], list[int]]:
+        """Returns the places of large variables, each to be changed alone to need little memory, and of small ones."""
         sizes = [variable.shape.num_elements() for variable in self.variables]
-        small = [i for i, size in enumerate(sizes) if size < LARGE]
-        return [*([i] for i, size in enumerate(sizes) if size >= LARGE), *([small] if small else [])]
+        places = range(len(sizes))
+        return [i for i in places if sizes[i] >= LARGE], [i for i in places if sizes[i] < LARGE]
 
     def _apply(self, parts: Sequence[Sequence[Any]], decays: tf.Tensor, scale: tf.Tensor, numbers: tf.Tensor) -> None:
         step_size, root_scale = tf.unstack(numbers)
