@@ -20,8 +20,8 @@ from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import network_of
 from tf_gpt2.runtime.tf_internals import address
 
-# two heads of width 32, 24 or 64 places: no weight has the shape of the cache
-CONFIG = GPT2Config(n_vocab=200, n_ctx=72, n_embd=64, n_head=2, n_layer=2)
+# two heads of width 32, 24 or 64 places: no weight has the shape of the cache; test_lookup.py has a loop of two layers
+CONFIG = GPT2Config(n_vocab=200, n_ctx=72, n_embd=64, n_head=2, n_layer=1)
 N_SLOTS = 48
 MATRICES = [(200, 64), (192, 64), (64, 64), (256, 64), (64, 256)]
 WEIGHTS = [*MATRICES, (72, 64)]
@@ -86,7 +86,7 @@ def test_the_plain_loop_leaves_its_input_as_it_is(jit_compile):
         np.testing.assert_array_equal(x, was)
     for x, y in zip(tf.nest.flatten(first), tf.nest.flatten(second), strict=True):
         np.testing.assert_array_equal(x, y)
-    assert not np.array_equal(first.cache[0].keys, before[-4])
+    assert not np.array_equal(first.cache[0].keys, before[-2])
 
 
 # ---- that it stays where it is
@@ -124,7 +124,6 @@ PROGRAMS = {
     "int8": (1, {"quantization": "int8"}, ""),
     "int8, two rows": (2, {"quantization": "int8"}, ""),
     "int8 without kernels": (1, {"quantization": "int8"}, "xla"),
-    "int8, two rows, without kernels": (2, {"quantization": "int8"}, "xla"),
     "int8, nine rows, without kernels": (9, {"quantization": "int8"}, "xla"),
     "int4": (1, {"quantization": "int4"}, ""),
     "bfloat16": (1, {"dtype": "bfloat16"}, ""),

@@ -99,7 +99,7 @@ def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 
 sizes = []
-for turn in range(25):
+for turn in range(15):
     generator = tf_gpt2.TextGenerator.from_checkpoint(sys.argv[1])
     generator.generate("To be", max_new_tokens=8)
     config = generator.model.config
@@ -164,12 +164,11 @@ def test_an_ordinary_function_is_complained_of(caplog):
     "use",
     [
         lambda model, n: generate(model, [[1]] * n, **OPTIONS),
-        lambda model, n: generate(model, [[1]], num_samples=n, top_logprobs=1, **OPTIONS),
         lambda model, n: warm_up(model, n_prompts=n, **OPTIONS),
         lambda model, n: beam_search(model, [[1]] * n, num_beams=2, **OPTIONS),
         lambda model, n: score(model, [[1, 2]] * n, jit_compile=False),
     ],
-    ids=["generate", "samples", "warm_up", "beam_search", "score"],
+    ids=["generate", "warm_up", "beam_search", "score"],
 )
 def test_no_number_of_shapes_is_complained_of(use, model, caplog):
     """Powers of two, each of which is a shape of its own everywhere."""
@@ -213,7 +212,7 @@ def test_each_matrix_is_there_as_it_is_multiplied(dtype):
 def test_of_8_bit_weights_there_are_none():
     model = make_model(quantization="int8")
     assert twins(model) == []
-    assert generate(model, PROMPTS, max_new_tokens=3).ids == generate(model, PROMPTS, max_new_tokens=3).ids
+    assert matrices(compiled(decode, model, jit_compile=True, n_rows=20).args[0]) == []
 
 
 def test_they_are_made_once():
@@ -262,7 +261,9 @@ def add_in_compiled_code(model):
 
 
 def fit(model, *, jit_compile):
-    model.compile(keras.optimizers.Adam(0.5), keras.losses.SparseCategoricalCrossentropy(True), jit_compile=jit_compile)
+    if not model.compiled:
+        loss = keras.losses.SparseCategoricalCrossentropy(True)
+        model.compile(keras.optimizers.Adam(0.5), loss, jit_compile=jit_compile)
     ids = np.random.default_rng(0).integers(WIDER.n_vocab, size=(4, 9)).astype(np.int32)
     model.fit(ids[:, :-1], ids[:, 1:], epochs=2, verbose=0)
 

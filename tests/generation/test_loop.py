@@ -3,9 +3,6 @@
 The plain forward pass is the float64 reference: the cached path is never compared with itself alone.
 """
 
-import gc
-import weakref
-
 import numpy as np
 import pytest
 import reference
@@ -89,8 +86,19 @@ def texts(state):
 # ---- cached = uncached
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize(("options", "quantization"), [(GREEDY, None), (MIXED, None), (GREEDY, "int8")])
+@pytest.mark.parametrize(
+    ("config", "options", "quantization"),
+    [
+        (CONFIGS[0], GREEDY, None),
+        (CONFIGS[0], GREEDY, "int8"),
+        (CONFIGS[1], MIXED, None),
+        (CONFIGS[2], MIXED, None),
+        (CONFIGS[2], GREEDY, "int8"),
+        (CONFIGS[3], GREEDY, None),
+        (CONFIGS[3], MIXED, None),
+    ],
+    ids=str,
+)
 def test_logits_are_those_of_a_plain_forward_pass_at_each_step(config, options, quantization):
     model = GPT2Model(config, quantization=quantization)
     model.set_weights(lively_params(config))
@@ -282,25 +290,6 @@ def test_there_are_few_buckets():
     assert sorted({bucket(length, 1000) for length in range(1, 1001)}) == [16, 32, 64, 128, 256, 512, 1000]
 
 
-def test_new_weights_count_at_once_and_a_model_can_be_freed():
-    config = GPT2Config(n_vocab=53, n_ctx=16, n_embd=12, n_head=2, n_layer=1)
-    model, texts = GPT2Model(config), []
-    for seed in (0, 1):
-        params = lively_params(config, seed=seed)
-        model.set_weights(params)
-        texts.append(generate(model, [[3, 1]], max_new_tokens=6).ids)
-        ids = [3, 1]
-        for _ in range(6):
-            ids.append(int(reference.forward(params, ids, n_head=2)[-1].argmax()))
-        assert texts[-1] == [ids[2:]]
-    assert texts[0] != texts[1]
-    assert count_traces(model, jit_compile=True) == 2
-    freed = weakref.ref(model)
-    del model
-    gc.collect()
-    assert freed() is None
-
-
 HEALTH = """
 import numpy as np, tensorflow as tf
 from tf_gpt2 import GPT2Config, GPT2Model, generate
@@ -308,7 +297,7 @@ from tf_gpt2.generation.processors import History
 from tf_gpt2.generation.choose import choose
 from tf_gpt2.generation.options import check_sampling
 from tf_gpt2.model.arithmetic import xla
-for n_rows, n_vocab in [(3, 256), (2, 512), (1, 2048), (8, 64)]:
+for n_rows, n_vocab in [(3, 256), (2, 512), (1, 2048)]:
     config = GPT2Config(n_vocab=n_vocab, n_ctx=32, n_embd=1, n_head=1, n_layer=1)
     settings = check_sampling(n_rows, config, temperature=1.0, top_k=7, top_p=0.9, min_p=0.1, typical_p=0.5)
     sampling = settings.spread(n_rows)

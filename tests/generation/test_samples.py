@@ -62,13 +62,13 @@ def test_samples_are_what_calls_with_their_seeds_give(jit_compile, run):
         assert len(texts) == N * len(PROMPTS)  # or the test proves little
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 4])
 def test_any_number_of_samples_of_one_prompt(n, run):
     assert_each_is_a_call_of_its_own(run, {"temperature": 1.2, "seed": 7}, n, PROMPTS[1:])
 
 
 def test_greedy_samples_are_equal(run):
-    assert run(num_samples=2).ids == [ids for ids in run().ids for _ in range(2)]
+    assert run(num_samples=N).ids == [ids for ids in run().ids for _ in range(N)]
 
 
 @pytest.mark.parametrize("options", [{"quantization": "int8"}, {"dtype": "bfloat16"}], ids=str)
@@ -90,15 +90,15 @@ def test_rows_of_samples_end_by_themselves(run):
     def is_complete(ids):
         return bool(wanted & set(ids))
 
-    options = {**SAMPLED, "is_complete": is_complete, "max_new_tokens": 35}
+    options = {**SAMPLED, "is_complete": is_complete, "max_new_tokens": 25}
     result = assert_each_is_a_call_of_its_own(run, options, N)
     assert "stop" in result.finish_reasons
     stopped = run(**SAMPLED, num_samples=N, stop_ids=[whole.ids[4][1]])
     assert stopped.ids[4] == whole.ids[4][:1]
     assert stopped.finish_reasons[4] == "stop"
     long = [[5] * 37, [6] * 3]
-    ends = assert_each_is_a_call_of_its_own(run, SAMPLED, 2, long)
-    assert ends.finish_reasons == ["context", "context", "length", "length"]
+    ends = assert_each_is_a_call_of_its_own(run, SAMPLED, N, long)
+    assert ends.finish_reasons == ["context"] * N + ["length"] * N
 
 
 def test_the_cache_of_samples_grows(run, monkeypatch):
@@ -111,7 +111,7 @@ def test_the_cache_of_samples_grows(run, monkeypatch):
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["plain", "compiled"])
 def test_a_prompt_is_read_once(jit_compile, monkeypatch):
     """The blocks see one row per prompt for the prompts' length, and one per sample for each token after."""
-    model, seen = GPT2Model(GPT2Config(n_vocab=31, n_ctx=34, n_embd=6, n_head=3, n_layer=2)), []
+    model, seen = GPT2Model(GPT2Config(n_vocab=31, n_ctx=34, n_embd=6, n_head=3, n_layer=1)), []
     hidden_states = Network.hidden_states
 
     def spy(network, ids, *arguments):
@@ -126,9 +126,8 @@ def test_a_prompt_is_read_once(jit_compile, monkeypatch):
 
 COMPILES = """
 from tf_gpt2 import GPT2Config, GPT2Model, generate
-for n_vocab, n_prompts, n_samples in [(31, 2, 4), (64, 1, 8)]:
-    model = GPT2Model(GPT2Config(n_vocab=n_vocab, n_ctx=33, n_embd=6, n_head=3, n_layer=2))
-    generate(model, [[1] * 20] * n_prompts, num_samples=n_samples, max_new_tokens=1, temperature=1.0)
+model = GPT2Model(GPT2Config(n_vocab=64, n_ctx=33, n_embd=6, n_head=3, n_layer=1))
+generate(model, [[1] * 20], num_samples=8, max_new_tokens=1, temperature=1.0)
 print("well")
 """
 
@@ -139,9 +138,9 @@ def test_samples_compile(run_python):
 
 
 def test_the_number_of_samples_is_a_shape(run, odd_model):
-    run(num_samples=4)
+    run(num_samples=N)
     n_traces = count_traces(odd_model)
-    for n in (4, np.int64(4)):
+    for n in (N, np.int64(N)):
         run(num_samples=n, **SEEDS | {"seed": 5})
     assert count_traces(odd_model) == n_traces
 

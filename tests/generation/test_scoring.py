@@ -190,8 +190,7 @@ def test_windows_are_hugging_faces(n_tokens, n_ctx, data):
         assert scored == list(range(1, n_tokens))
 
 
-@pytest.mark.parametrize("stride", [1, 13, 20, 39, 40])
-@pytest.mark.parametrize("n_tokens", [2, 40, 41, 97])
+@pytest.mark.parametrize(("n_tokens", "stride"), [(2, 1), (2, 40), (40, 13), (41, 39), (41, 40), (97, 1), (97, 20)])
 def test_a_long_sequence_is_scored_as_by_a_plain_loop(odd_model, odd_params, stride, n_tokens):
     [ids] = rows_of(odd_model.config, [n_tokens])
     expected = []

@@ -66,8 +66,7 @@ def assert_same(completions, others):
 # ---- the law
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_in_batches_as_one_by_one_and_in_order(batch_size, many):
+def test_in_batches_as_one_by_one_and_in_order(many):
     prompts = texts(25)
     options = {
         "temperature": [(i % 4) / 2 for i in range(25)],
@@ -76,14 +75,15 @@ def test_in_batches_as_one_by_one_and_in_order(batch_size, many):
         "presence_penalty": 0.5,
     }
     others = {"suppress": [3], "bad_words_ids": [[4, 5]]}
-    together = many(prompts, batch_size=batch_size, **options, **others)
-    assert_same(together, each_alone(many, prompts, options, **others))
+    alone = each_alone(many, prompts, options, **others)
+    for batch_size in (1, 4, 100):
+        assert_same(many(prompts, batch_size=batch_size, **options, **others), alone)
 
 
 @settings(max_examples=6, deadline=None)
-@given(n=st.integers(1, 20), batch_size=st.integers(1, 5), seed=st.integers(0, 99), lazily=st.booleans())
+@given(n=st.integers(4, 20), batch_size=st.sampled_from([1, 4]), seed=st.integers(0, 99), lazily=st.booleans())
 def test_however_the_batches_are_cut(many, n, batch_size, seed, lazily):
-    """Also rows that end early, at a stop string."""
+    """Also rows that end early, at a stop string; the sizes of batches are those of the other tests."""
     prompts = texts(n, seed)
     options = {"temperature": 1.0, "seed": list(range(seed, seed + n)), "stop": ["e", " the"]}
     others = {"stop": options.pop("stop"), "overflow": "slide", "max_new_tokens": 30}
@@ -116,13 +116,13 @@ def test_generate_gives_the_texts_of_complete(generator, many, tmp_path):
 def test_few_shapes_compile_however_many_prompts(generator):
     model = GPT2Model(GPT2Config(n_vocab=len(generator.encoder), n_ctx=32, n_embd=4, n_head=1, n_layer=1))
     small = TextGenerator(model, generator.encoder)
-    options = {"max_new_tokens": 6, "batch_size": 3, "overflow": "slide"}
+    options = {"max_new_tokens": 6, "batch_size": 3, "overflow": "slide", "jit_compile": False}
     n_buckets = len({bucket(n, 32) for n in range(1, 33)})
     small.generate(texts(40, longest=60), **options)
     small.generate(iter(texts(31, seed=2)), **{**options, "max_new_tokens": 50})
     small.generate(texts(50, seed=3, longest=60), **options)
     small.generate(texts(4, longest=60), **options, temperature=1.0, seed=[1, 2, 3, 4], stop="e")
-    assert 2 <= count_traces(model, jit_compile=True) <= 2 * n_buckets
+    assert 2 <= count_traces(model) <= 2 * n_buckets
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ def test_errors_name_the_prompt(place, wrong, error, message, many, generator, c
         assert_same(good, many(prompts[:place], max_new_tokens=1))
 
 
-@pytest.mark.parametrize("n_good", [0, 1, 3, 4, 37, 100])
+@pytest.mark.parametrize("n_good", [0, 1, 4, 37])
 def test_what_comes_before_an_error_of_an_iterable_is_given(n_good, generator, many):
     def broken():
         yield from texts(n_good)
@@ -381,27 +381,26 @@ SMALL_INTEGERS = [
 ]
 
 
-@pytest.mark.parametrize("make", SMALL_INTEGERS)
-def test_counts_may_be_integers_of_any_type(many, make):
+def test_counts_may_be_integers_of_any_type(many):
     prompts = texts(70)
-    expected = many(prompts, batch_size=64, top_logprobs=7, num_samples=2, max_new_tokens=2)
-    found = many(
-        prompts, batch_size=make(64), top_logprobs=make(7), num_samples=make(2), max_new_tokens=make(2), top_k=make(0)
-    )
-    assert [[one.top_logprobs for one in samples] for samples in found] == [
-        [one.top_logprobs for one in samples] for samples in expected
-    ]
+    counts = {"batch_size": 64, "top_logprobs": 7, "num_samples": 2, "max_new_tokens": 2, "top_k": 0}
+    expected = many(prompts, **counts)
+    for make in SMALL_INTEGERS:
+        found = many(prompts, **{name: make(n) for name, n in counts.items()})
+        assert [[one.top_logprobs for one in samples] for samples in found] == [
+            [one.top_logprobs for one in samples] for samples in expected
+        ]
 
 
-@pytest.mark.parametrize("make", SMALL_INTEGERS)
-def test_seeds_may_be_integers_of_any_type(many, make):
+def test_seeds_may_be_integers_of_any_type(many):
     prompts, options = texts(9), {"temperature": 1.5}
     expected = many(prompts, seed=list(range(9)), **options)
-    vector = make(np.arange(9))
-    for seeds in ([make(i) for i in range(9)], tuple(make(i) for i in range(9)), vector):
-        if np.ndim(seeds) == 1:  # np.int64 makes none of several
-            assert_same(many(prompts, seed=seeds, **options), expected)
-            assert_same(many(iter(prompts), seed=seeds, **options), expected)
+    for make in SMALL_INTEGERS:
+        vector = make(np.arange(9))
+        for seeds in ([make(i) for i in range(9)], tuple(make(i) for i in range(9)), vector):
+            if np.ndim(seeds) == 1:  # np.int64 makes none of several
+                assert_same(many(prompts, seed=seeds, **options), expected)
+        assert_same(many(iter(prompts), seed=vector, **options), expected)
 
 
 # ---- overflow

@@ -37,6 +37,12 @@ def generator():
     return TextGenerator.from_checkpoint(embedded_dir())
 
 
+@pytest.fixture(autouse=True)
+def one_bucket(monkeypatch):
+    """Pads all short texts alike, so that the tests share what was compiled."""
+    monkeypatch.setattr("tf_gpt2.generation.loop.SMALLEST_BUCKET", 64)
+
+
 @pytest.fixture(scope="module")
 def plain(generator):
     """Generates without XLA, which would compile for each number of prompts."""

@@ -132,7 +132,7 @@ def test_any_bytes_encode_as_their_repaired_text(real_encoder, encode, texts):
     ids=lambda word: ascii(word[:4]),
 )
 def test_long_runs_are_no_trap(real_encoder, encode, word):
-    texts = [word, f"h{word}ello", f"{word} x", f" {word}"]
+    texts = [f"{word} x", f" h{word}ello"]
     start = time.perf_counter()
     ids = encode(texts)
     # Takes a tenth of a second; one merge a round takes minutes.
@@ -196,7 +196,7 @@ PIECES = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@COMPARED
 @given(toy_merges(), PIECES)
 def test_merges_in_any_order_are_done_as_by_the_encoder(merges, pieces):
     encoder = toy_encoder(merges, random.Random(0))
@@ -263,7 +263,7 @@ def test_merges_of_what_never_occurs_are_idle():
 
 
 def test_many_random_strings_and_vocabularies(real_encoder):
-    fuzz_in_graph.fuzz(real_encoder, 4000, seed=1)
+    fuzz_in_graph.fuzz(real_encoder, 2000, seed=1)
 
 
 # ---- memory
