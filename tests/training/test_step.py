@@ -15,7 +15,7 @@ from reference import lively_params, loss as reference_loss
 from tf_gpt2 import GPT2Config, GPT2Model
 from tf_gpt2.training import forward
 from tf_gpt2.training.fit import as_batch
-from tf_gpt2.training.optimizer import AdamW, Schedule
+from tf_gpt2.training.optimizer import LARGE, AdamW, Schedule
 from tf_gpt2.training.step import StepOptions, TrainingStep
 
 CONFIG = GPT2Config(n_vocab=61, n_ctx=12, n_embd=12, n_head=3, n_layer=2)
@@ -159,11 +159,11 @@ def test_gradients_are_the_slopes_of_the_loss_with_dropout():
 
 
 def test_updates_are_those_of_adamw_in_numpy():
-    shapes = [(3, 4), (4,)]
+    shapes = [(3, 4), (4,), (LARGE // 64, 64)]
     starts = [RNG.standard_normal(shape).astype(np.float32) for shape in shapes]
     variables = [tf.Variable(start) for start in starts]
     optimizer = AdamW(variables, weight_decay=0.2)
-    wanted, means, squares = [s.astype(np.float64) for s in starts], [0, 0], [0, 0]
+    wanted, means, squares = [s.astype(np.float64) for s in starts], [0] * 3, [0] * 3
     for number, rate in enumerate((0.1, 0.02, 0.05)):
         gradients = [RNG.standard_normal(shape).astype(np.float32) for shape in shapes]
         optimizer.update([tf.constant(g) for g in gradients], scale=0.5, rate=rate, number=number)
@@ -172,7 +172,9 @@ def test_updates_are_those_of_adamw_in_numpy():
             means[i] = 0.9 * means[i] + 0.1 * g
             squares[i] = 0.95 * squares[i] + 0.05 * g * g
             mean, square = means[i] / (1 - 0.9 ** (number + 1)), squares[i] / (1 - 0.95 ** (number + 1))
-            wanted[i] = wanted[i] * (1 - rate * (0.2 if i == 0 else 0)) - rate * mean / (np.sqrt(square) + 1e-8)
+            wanted[i] = wanted[i] * (1 - rate * (0.2 if len(shapes[i]) > 1 else 0)) - rate * mean / (
+                np.sqrt(square) + 1e-8
+            )
     for variable, value in zip(variables, wanted, strict=True):
         np.testing.assert_allclose(variable.numpy(), value, rtol=1e-5, atol=1e-6)
 

@@ -81,7 +81,7 @@ class AdamW:
         self._betas = beta_1, beta_2
         self._epsilon = epsilon
         self._decays = [weight_decay if len(variable.shape) > 1 else 0.0 for variable in self.variables]
-        # one device: XLA makes one pass over the memory of a large variable; hundreds of small ones it compiles for seconds
+        # one device: XLA makes one pass over a large variable's memory; many small ones it would compile for seconds
         is_alone = not tf.distribute.has_strategy()
         self._update_large = tf.function(self._apply, jit_compile=is_alone, autograph=False)
         self._update_small = tf.function(self._apply, autograph=False)
