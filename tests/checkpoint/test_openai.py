@@ -418,6 +418,16 @@ def test_saving_replaces_the_checkpoint_and_nothing_else(folder, assert_same_bit
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(**_):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.raw_ops, "SaveV2", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_gpt2_params_to_tf_ckpt(PARAMS, HPARAMS, tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_the_folder_may_be_a_file_system_of_its_own(folder, monkeypatch, assert_same_bits):
     replace = Path.replace
 

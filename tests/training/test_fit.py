@@ -298,6 +298,17 @@ def test_whatever_stands_in_a_damaged_checkpoint(tmp_path, name, content):
     assert array.tolist() == [1, 1, 1]
 
 
+def test_arrays_that_do_not_fit_the_disk_leave_nothing(tmp_path, monkeypatch):
+    def fail(file, *_):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="No space left"):
+        state.write_arrays(tmp_path / "arrays.npz", [np.ones(3)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")

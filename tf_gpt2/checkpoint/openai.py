@@ -6,6 +6,7 @@ Knows nothing of Keras layers; the names of the variables stand in ``variables.p
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -129,6 +130,7 @@ def save_gpt2_params_to_tf_ckpt(params: Tree, hparams: Mapping[str, Any], model_
     Raises:
         ParamsError: when the tree does not fit ``hparams``.
         ValueError: when ``hparams`` does not describe a GPT-2.
+        OSError: when the files cannot be written.
     """
     config = GPT2Config.from_hparams(hparams)
     check_params(params, param_shapes(config))
@@ -151,12 +153,15 @@ def write_checkpoint(params: Tree, folder: Path) -> None:
         for path, leaf in leaves(params)
     }
     # not the saver itself, which accepts only UTF-8 paths
-    tf.raw_ops.SaveV2(
-        prefix=os.fsencode(folder / PREFIX),
-        tensor_names=list(stored),
-        shape_and_slices=[""] * len(stored),
-        tensors=list(stored.values()),
-    )
+    try:
+        tf.raw_ops.SaveV2(
+            prefix=os.fsencode(folder / PREFIX),
+            tensor_names=list(stored),
+            shape_and_slices=[""] * len(stored),
+            tensors=list(stored.values()),
+        )
+    except tf.errors.ResourceExhaustedError as error:  # TensorFlow's word for a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
     with tf.Graph().as_default():
         variables = [
             tf.compat.v1.get_variable(

@@ -126,10 +126,13 @@ def staged(target: Path) -> Iterator[Path]:
 def write_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
     """Writes arrays to a file beside, flushes it, and renames it."""
     staging = path.with_name(f".{path.name}.part")
-    with staging.open("wb") as file:
-        np.savez(file, *arrays)
-    flush(staging)
-    staging.replace(path)
+    try:
+        with staging.open("wb") as file:
+            np.savez(file, *arrays)
+        flush(staging)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)  # there only after a failure
 
 
 def read_arrays(path: Path) -> list[np.ndarray]:
