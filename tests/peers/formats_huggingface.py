@@ -21,6 +21,9 @@ def write(job):
         base = GPT2Model(config).eval()
         base.load_state_dict(model.transformer.state_dict())
         base.save_pretrained(job["folder"])
+    elif job.get("pickle"):
+        config.save_pretrained(job["folder"])
+        torch.save(model.state_dict(), f"{job['folder']}/pytorch_model.bin")
     else:
         model.save_pretrained(job["folder"], max_shard_size=job.get("max_shard_size", "5GB"))
     return logits(model.float(), job["ids"])
@@ -30,6 +33,15 @@ def read(job):
     """Returns the logits of a folder that another program wrote."""
     model, info = AutoModelForCausalLM.from_pretrained(job["folder"], output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
+    return logits(model.eval(), job["ids"])
+
+
+def attempt(job):
+    """Returns the logits of a folder, or of a GGUF file in it, as far as transformers can; or its error."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(job["folder"], gguf_file=job["gguf_file"])
+    except Exception as error:  # whatever transformers raises is its answer
+        return f"{type(error).__name__}: {error}"[:300]
     return logits(model.eval(), job["ids"])
 
 
@@ -55,7 +67,7 @@ def add_tokens(job):
     return len(tokenizer)
 
 
-TASKS = {"write": write, "read": read, "tokenize": tokenize, "add_tokens": add_tokens}
+TASKS = {"write": write, "read": read, "attempt": attempt, "tokenize": tokenize, "add_tokens": add_tokens}
 for line in sys.stdin:
     job = json.loads(line)
     print(json.dumps(TASKS[job.pop("task")](job)), flush=True)

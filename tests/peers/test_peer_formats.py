@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import time
 import urllib.request
@@ -26,6 +27,8 @@ with_llama_cpp = pytest.mark.skipif(
 )
 
 SMALL = {"vocab_size": 1024, "n_positions": 64, "n_embd": 32, "n_head": 4, "n_layer": 3}
+USUAL = {**SMALL, "n_positions": 1024}
+"""transformers takes no other window from a GGUF file, not even from those of llama.cpp's converter."""
 IDS = np.random.default_rng(1).integers(1024, size=(2, 17)).tolist()
 VARIATIONS = {
     "openai's": {},
@@ -94,6 +97,66 @@ def test_each_form_of_a_folder_is_read(peer, tmp_path, options):
     assert_close(GPT2Model.from_checkpoint(tmp_path)(np.array(IDS)), theirs)
 
 
+def ask_keras_hub(folders):
+    """Gives the logits of each folder, or KerasHub's error."""
+    command = [str(KERAS_HUB.absolute()), str(Path(__file__).parent / "formats_keras_hub.py")]
+    job = json.dumps({"folders": folders, "ids": IDS})
+    output = subprocess.run([*command, job], capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def verdict(answer, wanted):
+    """Says what a peer makes of a folder: its answer is logits or an error."""
+    if isinstance(answer, str):
+        return "an error"
+    wanted = np.array(wanted)
+    return "equal" if np.abs(np.array(answer) - wanted).max() < 5e-5 * np.abs(wanted).max() else "wrong logits"
+
+
+def in_each_format(peer, model, folder):
+    """Writes a model as each row of the table of formats has it; gives name -> folder."""
+    theirs = {
+        "a Hugging Face folder, one file": {},
+        "a Hugging Face folder, several files": {"max_shard_size": "100KB"},
+    }
+    theirs |= {"a Hugging Face folder, base model": {"base": True}, "`pytorch_model.bin`": {"pickle": True}}
+    folders = {name: folder / str(i) for i, name in enumerate(theirs)}
+    for name, options in theirs.items():
+        peer("write", folder=str(folders[name]), config=USUAL, seed=3, ids=IDS, **options)
+    encoder = Encoder.from_files(embedded_dir())
+    for name, format_ in (("OpenAI's seven files", "openai"), ("`.keras`", "keras")):
+        folders[name] = tf_gpt2.save(model, encoder, folder / format_, format=format_)
+    folders["GGUF"] = folder / "gguf"
+    folders["GGUF"].mkdir()
+    tf_gpt2.save(model, encoder, folders["GGUF"] / "model.gguf", format="gguf")
+    trained = folders["TensorFlow-1 checkpoints of training programs"] = folder / "trained"
+    shutil.copytree(folders["OpenAI's seven files"], trained)
+    for file in trained.glob("model.ckpt.*"):
+        file.rename(trained / file.name.replace("model.ckpt", "model-100"))
+    (trained / "checkpoint").write_text('model_checkpoint_path: "model-100"\n')
+    return {name: str(path) for name, path in folders.items()}
+
+
+@pytest.mark.skipif(not KERAS_HUB.exists(), reason="no keras_hub/bin/python; benchmarks.environments builds it")
+def test_the_document_says_which_formats_each_reads(peer, tmp_path):
+    """The table "What each reads" in docs/formats.md."""
+    wanted = peer("write", folder=str(tmp_path / "first"), config=USUAL, seed=3, ids=IDS)
+    folders = in_each_format(peer, GPT2Model.from_checkpoint(tmp_path / "first"), tmp_path / "formats")
+    of_keras_hub = ask_keras_hub(folders)
+    document = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) \| ([a-z ]+) \| ([a-z ]+) \| ([a-z ]+) \|$", document, re.M)
+    stated = {name: tuple(cells) for name, *cells in rows}
+    for name, folder in folders.items():
+        try:
+            ours = GPT2Model.from_checkpoint(folder)(np.array(IDS))
+        except tf_gpt2.CheckpointError as error:
+            ours = str(error)
+        gguf_file = "model.gguf" if name == "GGUF" else None
+        answers = ours, peer("attempt", folder=folder, ids=IDS, gguf_file=gguf_file), of_keras_hub[name]
+        found = tuple(verdict(answer, wanted) for answer in answers)
+        assert stated.get(name) == found, (name, [x for x in answers if isinstance(x, str)])
+
+
 @pytest.mark.skipif(not KERAS_HUB.exists(), reason="no keras_hub/bin/python; benchmarks.environments builds it")
 def test_the_document_says_what_keras_hub_does(peer, tmp_path):
     """The column "KerasHub" of the table of keys in docs/formats.md."""
@@ -103,22 +166,9 @@ def test_the_document_says_what_keras_hub_does(peer, tmp_path):
         name: peer("write", folder=folder, config={**SMALL, **VARIATIONS[name]}, seed=3, ids=IDS)
         for name, folder in folders.items()
     }
-    command = [str(KERAS_HUB.absolute()), str(Path(__file__).parent / "formats_keras_hub.py")]
-    output = subprocess.run(
-        [*command, json.dumps({"folders": folders, "ids": IDS})], capture_output=True, text=True, check=True
-    ).stdout
-    answers = json.loads(output.splitlines()[-1])
-
-    def verdict(name):
-        if isinstance(answers[name], str):
-            return "an error"
-        wanted = np.array(theirs[name])
-        return (
-            "equal" if np.abs(np.array(answers[name]) - wanted).max() < 5e-5 * np.abs(wanted).max() else "wrong logits"
-        )
-
-    found = {name: verdict(name) for name in keys}
-    assert verdict("openai's") == "equal"
+    answers = ask_keras_hub(folders)
+    found = {name: verdict(answers[name], theirs[name]) for name in keys}
+    assert verdict(answers["openai's"], theirs["openai's"]) == "equal"
     document = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(.*?)` \|.*\| ([a-z ]+) \|$", document, re.M))
     for name, changed in keys.items():
