@@ -30,8 +30,6 @@ test: lint types layers test-only  ## all checks that need no peer
 check: lint types layers  ## style, types, layers, and tests that compile nothing: minutes, for while you write
 	$(PYTEST) $(QUICK)
 
-# LLVM optimizes nothing there, which halves the time that XLA needs to compile; the other targets test optimized code
-test-only: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test-only: .venv/test.stamp
 	$(PYTEST) --ignore tests/serving --ignore tests/jobs/engines
 

@@ -44,7 +44,7 @@ def test_default_folder_is_in_the_users_cache(flags, tmp_path):
     assert other == OTHER
     folder = folder_of(own)
     assert str(folder).startswith(f"{tmp_path}/tf_gpt2/xla/tensorflow-2.")
-    assert folder.name.endswith(compile_cache.processor_hash())
+    assert folder.name.endswith(compile_cache.machine_hash())
     assert folder.is_dir()
 
 
@@ -54,6 +54,17 @@ def test_it_can_be_moved_or_switched_off(flags, monkeypatch, tmp_path):
         assert flags() == OTHER
     monkeypatch.setenv(compile_cache.ENV_VAR, str(tmp_path / "elsewhere"))
     assert f'="{tmp_path / "elsewhere"}/tensorflow-' in flags()
+
+
+def test_other_flags_of_xla_have_another_folder(flags, monkeypatch):
+    """With LLVM's optimization off XLA makes wrong bfloat16 products, under the same names of entries."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    first = folder_of(flags())
+    monkeypatch.setenv("TF_XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    other = folder_of(flags())
+    assert other != first
+    assert other.parent == first.parent
 
 
 def test_a_tilde_is_the_users_home(flags, monkeypatch, tmp_path):

@@ -1,8 +1,8 @@
 """Keeps the code that XLA compiled on disk, so that the next process need not compile it again.
 
 The folder is ``~/.cache/tf_gpt2/xla`` (or ``$XDG_CACHE_HOME/tf_gpt2/xla``); the environment variable
-``TF_GPT2_COMPILE_CACHE`` names another, or is ``off``. Compiled code fits one version of TensorFlow and one processor:
-each pair has its own folder inside.
+``TF_GPT2_COMPILE_CACHE`` names another, or is ``off``. Compiled code fits one version of TensorFlow, one processor and one
+setting of ``XLA_FLAGS``: each of their combinations has its own folder inside.
 
 The entries are machine code, which TensorFlow itself writes and reads, without checks. So the folder must belong to the
 user alone, and a manifest beside the entries lists their checksums: a process adds those of new entries when it ends,
@@ -74,7 +74,7 @@ def enable() -> None:
 
 
 def chosen_folder() -> Path:
-    """Returns the folder for this TensorFlow and this processor.
+    """Returns the folder for this TensorFlow, this processor and these flags of XLA.
 
     Raises:
         RuntimeError: when the user has no home.
@@ -83,7 +83,7 @@ def chosen_folder() -> Path:
 
     choice = os.environ.get(ENV_VAR, "")
     parent = Path(choice).expanduser().absolute() if choice else default_folder()
-    return parent / f"tensorflow-{tf.__version__}-{processor_hash()}"
+    return parent / f"tensorflow-{tf.__version__}-{machine_hash()}"
 
 
 def default_folder() -> Path:
@@ -233,9 +233,12 @@ def remove_unused(parent: Path) -> None:
                     remove(entry)
 
 
-def processor_hash() -> str:
-    """Returns a hash of the processor's model and features: code compiled for one may not run on another."""
-    description = platform.machine() + platform.processor()
+def machine_hash() -> str:
+    """Returns a hash of what compiled code depends on: the processor's model and features, and ``XLA_FLAGS``.
+
+    TensorFlow's names of entries do not tell with which flags they were compiled.
+    """
+    description = platform.machine() + platform.processor() + os.environ.get("XLA_FLAGS", "")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         description += "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
