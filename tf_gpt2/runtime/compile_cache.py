@@ -1,8 +1,8 @@
 """Keeps the code that XLA compiled on disk, so that the next process need not compile it again.
 
 The folder is ``~/.cache/tf_gpt2/xla`` (or ``$XDG_CACHE_HOME/tf_gpt2/xla``); the environment variable
-``TF_GPT2_COMPILE_CACHE`` names another, or is ``off``. Compiled code fits one version of TensorFlow, one processor and one
-setting of ``XLA_FLAGS``: each of their combinations has its own folder inside.
+``TF_GPT2_COMPILE_CACHE`` names another, or is ``off``. Compiled code fits one version of TensorFlow, one processor and
+one setting of ``XLA_FLAGS``: each of their combinations has its own folder inside.
 
 The entries are machine code, which TensorFlow itself writes and reads, without checks. So the folder must belong to the
 user alone, and a manifest beside the entries lists their checksums: a process adds those of new entries when it ends,
