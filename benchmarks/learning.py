@@ -2,7 +2,7 @@
 
 The model has the embedded checkpoint's shape and vocabulary, and random weights; the last part of the text is held out.
 Float32, mixed bfloat16 and accumulated halves of a batch see the same tokens in the same order, so they should learn
-alike. Exits with 1 when one ends more than 2 % above float32, or has not halved its first perplexity.
+alike. Exits with 1 when one ends more than 2 % above float32, or above half the perplexity of chance.
 
     python -m benchmarks.learning --text tinyshakespeare.txt
 """
@@ -50,9 +50,10 @@ def main() -> int:
 
 
 def learns(way: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Whether a run's perplexity has halved, and its loss is that of float32."""
-    losses = way["val_loss"]
-    return losses[-1] < losses[0] - math.log(2) and losses[-1] < (1 + MARGIN) * best["val_loss"][-1]
+    """Whether a run's perplexity is below half of chance's, and its loss is that of float32."""
+    chance = math.log(read_hparams(embedded_dir() / "hparams.json")["n_vocab"])
+    last = way["val_loss"][-1]
+    return last < chance - math.log(2) and last < (1 + MARGIN) * best["val_loss"][-1]
 
 
 def measure(folder: Path, options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
