@@ -83,8 +83,13 @@ class AdamW:
         self._decays = [weight_decay if len(variable.shape) > 1 else 0.0 for variable in self.variables]
         # one device: XLA makes one pass over a large variable's memory; many small ones it would compile for seconds
         is_alone = not tf.distribute.has_strategy()
-        self._update_large = tf.function(self._apply, jit_compile=is_alone, autograph=False)
-        self._update_small = tf.function(self._apply, autograph=False)
+        update_large = tf.function(self._apply, jit_compile=is_alone, autograph=False)
+        update_small = tf.function(self._apply, autograph=False)
+        sizes = [variable.shape.num_elements() for variable in self.variables]
+        small = [i for i, size in enumerate(sizes) if size < LARGE]
+        # which function changes which variables: a large one alone, to need no memory for many copies
+        self._calls = [(update_large, [i]) for i, size in enumerate(sizes) if size >= LARGE]
+        self._calls += [(update_small, small)] if small else []
 
     def update(self, gradients: Sequence[tf.Tensor], *, scale: Any, rate: float, number: int) -> None:
         """Changes the variables.
@@ -97,18 +102,10 @@ class AdamW:
         """
         corrections = [1 - beta ** (number + 1) for beta in self._betas]
         numbers = tf.constant([rate / corrections[0], 1 / math.sqrt(corrections[1])], tf.float32)
-        large, small = self._groups()
-        calls = [*((self._update_large, [i]) for i in large), (self._update_small, small)]
-        for function, group in calls:
+        for function, group in self._calls:
             parts = [[self.variables[i], *self.slots[2 * i : 2 * i + 2], gradients[i]] for i in group]
             decays = tf.constant([rate * self._decays[i] for i in group], tf.float32)
             function(parts, decays, tf.convert_to_tensor(scale), numbers)
-
-    def _groups(self) -> tuple[list[int], list[int]]:
-        """Returns the places of large variables, each to be changed alone to need little memory, and of small ones."""
-        sizes = [variable.shape.num_elements() for variable in self.variables]
-        places = range(len(sizes))
-        return [i for i in places if sizes[i] >= LARGE], [i for i in places if sizes[i] < LARGE]
 
     def _apply(self, parts: Sequence[Sequence[Any]], decays: tf.Tensor, scale: tf.Tensor, numbers: tf.Tensor) -> None:
         step_size, root_scale = tf.unstack(numbers)

@@ -608,7 +608,9 @@ EXPORTED void tf_gpt2_register(const void* api_table, char* why_not, size_t size
   struct {
     const char* name;
     Handler* handler;
-  } const products[] = {{"tf_gpt2_product_8_v1", product_8}, {"tf_gpt2_product_4_v1", product_4}, {"tf_gpt2_product_f_v1", product_f}};
+  } const products[] = {{"tf_gpt2_product_8_v1", product_8},
+                        {"tf_gpt2_product_4_v1", product_4},
+                        {"tf_gpt2_product_f_v1", product_f}};
   for (const auto& one : products) {
     Registration registration = {head<Registration>(), {one.name, strlen(one.name)}, {"Host", 4}, nullptr, nullptr,
                                  nullptr,              one.handler,                  0};
