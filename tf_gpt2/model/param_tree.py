@@ -29,7 +29,7 @@ from tf_gpt2.model.weights import (
     quantize,
     quantize_4,
 )
-from tf_gpt2.runtime.tf_internals import empty, write_in_place
+from tf_gpt2.runtime.tf_internals import empty, memory_of
 
 QUANTIZATIONS = ("int8", "int4")
 """How the matrices of a model for inference may be rounded."""
@@ -55,12 +55,15 @@ def normal(stddev: float) -> Any:
     return keras.initializers.RandomNormal(stddev=stddev) if _draws.get() else empty
 
 
-def read_rows(stored: Any, dtype: Any) -> tf.Tensor:
-    """Reads a ``StoredTensor`` some rows at a time: TensorFlow copies each array of NumPy's twice."""
-    whole = empty(stored.shape, dtype)
-    for i in range(0, stored.shape[0], ROWS_AT_ONCE):
-        rows = tf.cast(stored[i : i + ROWS_AT_ONCE], dtype)
-        whole = write_in_place(whole, i + tf.range(rows.shape[0]), rows)
+def in_memory(array: Any, dtype: Any) -> Any:
+    """Reads a ``StoredTensor`` as a tensor, and returns other arrays as they are."""
+    if isinstance(array, np.ndarray | tf.Tensor):
+        return array
+    # some rows at a time, into TensorFlow's memory: it would copy an array of NumPy's twice
+    whole = empty(array.shape, dtype)
+    memory = memory_of(whole)
+    for i in range(0, array.shape[0], ROWS_AT_ONCE):
+        memory[i : i + ROWS_AT_ONCE] = array[i : i + ROWS_AT_ONCE]
     return whole
 
 
@@ -126,9 +129,7 @@ class Leaf:
 
         All at once: an assignment to some rows would make TensorFlow copy the variable at each later read.
         """
-        if not isinstance(array, np.ndarray | tf.Tensor):
-            array = read_rows(array, self.variable.dtype)
-        self.variable.assign(array)
+        self.variable.assign(in_memory(array, self.variable.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,8 @@ class MatrixLeaf(Leaf):
 
     def write(self, array: Any) -> None:
         """Assigns an array in the tree's orientation; rounds it, in parts, where the matrix is quantized."""
-        value = tf.transpose(array[:]) if self.transposed else array
+        dtype = self.variable.dtype if self.scale is None else "float32"
+        value = tf.transpose(in_memory(array, dtype)) if self.transposed else array
         if self.scale is not None:
             value, scale = (quantize if self.variable.dtype == "int8" else quantize_4)(value)
             self.scale.assign(scale)

@@ -26,6 +26,16 @@ def empty(shape: Sequence[int], dtype: Any) -> tf.Tensor:
     return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=bool(context.context().op_callbacks))
 
 
+def memory_of(x: tf.Tensor) -> np.ndarray:
+    """Returns the memory of a new tensor as an array that can be written to, as long as ``x`` is there.
+
+    Test: ``tests/model/test_weights.py``, ``test_loading_peaks_near_the_weights``.
+    """
+    shown = np.asarray(x)
+    memory = (ctypes.c_uint8 * shown.nbytes).from_address(shown.ctypes.data)
+    return np.ctypeslib.as_array(memory).view(shown.dtype).reshape(shown.shape)
+
+
 def owned_copy(x: tf.Tensor) -> tf.Tensor:
     """Copies a tensor into memory that no other tensor shares, which ``write_in_place`` may then change.
 
@@ -118,7 +128,7 @@ def call_foreign(name: str, inputs: Sequence[tf.Tensor], shape: Sequence[int]) -
 
     Test: ``tests/model/test_native.py``, ``test_wrong_shapes_are_refused_by_name``.
     """
-    dtypes = {tf.float32: "f32", tf.bfloat16: "bf16", tf.int8: "i8", tf.uint8: "ui8"}
+    dtypes = {tf.bool: "i1", tf.float32: "f32", tf.bfloat16: "bf16", tf.int8: "i8", tf.uint8: "ui8"}
     kinds = [f"tensor<{'x'.join(map(str, x.shape))}x{dtypes[x.dtype]}>" for x in inputs]
     kind = f"tensor<{'x'.join(map(str, shape))}xf32>"
     names = [f"%x{i}" for i in range(len(inputs))]
