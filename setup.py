@@ -12,7 +12,7 @@ setup(
         Extension(
             "tf_gpt2.runtime._kernels",
             sources=[f"{FOLDER}/kernels.cc"],
-            depends=[f"{FOLDER}/{name}" for name in ("product.inc", "float_product.inc", "xla_ffi.h")],
+            depends=[f"{FOLDER}/{name}" for name in ("product.inc", "float_product.inc", "attention.inc", "xla_ffi.h")],
             # sums must not depend on whether a processor multiplies and adds in one operation
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", *QUIET],
             optional=True,

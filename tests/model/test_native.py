@@ -172,10 +172,84 @@ def test_a_product_of_floats_is_exact_and_each_row_s_own(n_in, instruction_set):
         np.testing.assert_array_equal(found[others], np.array(rows)[others])
 
 
+def attend(instruction_set, q, k, v, mask):
+    """Calls the library without XLA: the weights, and the sums; checks that nothing is written outside of them."""
+    (n, n_queries, width), n_keys = q.shape, k.shape[1]
+    results = [np.zeros(shape, np.float32) for shape in ((n, n_queries, n_keys), (n, n_queries, width))]
+    copies = [guarded(array) for array in (q, k, v, mask, *results)]
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array, _ in copies]
+    sizes = (n, len(mask), n_queries, n_keys, width)
+    assert kernels.load_library().tf_gpt2_attention(instruction_set.encode(), *pointers, *sizes) == 0
+    for (_, memory), old in zip(copies, (q, k, v, mask, None, None), strict=True):
+        assert (memory[:GUARD] == 0xA5).all() and (memory[-GUARD:] == 0xA5).all()
+        assert old is None or memory[GUARD:-GUARD].tobytes() == old.tobytes()
+    return copies[4][0], copies[5][0]
+
+
+def random_attention(n, n_queries, n_keys, width, n_masks):
+    rng = np.random.default_rng(width)
+    shapes = ((n, n_queries, width), (n, n_keys, width), (n, n_keys, width))
+    q, k, v = (2 * rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    mask = rng.random((n_masks, n_queries, n_keys)) < 0.6
+    mask[..., 0] = True
+    return q, k, v, mask
+
+
+@needs_library
+@IN_ALL_SETS
+@pytest.mark.parametrize("n_masks", [1, 3])
+@pytest.mark.parametrize(("n_queries", "n_keys", "width"), [(1, 1, 64), (2, 40, 5), (3, 17, 70), (1, 300, 96)])
+def test_attention_is_exact(n_queries, n_keys, width, n_masks, instruction_set):
+    q, k, v, mask = random_attention(3, n_queries, n_keys, width, n_masks)
+    weights, y = attend(instruction_set, q, k, v, mask)
+    scores = np.where(mask, q.astype(float) @ k.transpose(0, 2, 1) / np.sqrt(width), -np.inf)
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    exact = powers / powers.sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights, exact, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(y, exact @ v, atol=2e-5)
+    assert not weights[~np.broadcast_to(mask, weights.shape)].any()
+
+
+@needs_library
+@IN_ALL_SETS
+def test_attention_sees_nothing_else(instruction_set):
+    """Whatever lies at places out of sight, how many there are, and which queries and heads are beside."""
+    q, k, v, _ = random_attention(3, 4, 40, 20, 1)
+    mask = np.arange(40) < np.array([13, 14, 15, 16])[:, None]  # each query sees one place more
+    together = attend(instruction_set, q, k, v, mask[None])[1]
+    k[:, 16:], v[:, 16:] = np.nan, np.inf
+    for n_keys in (16, 17, 40):
+        parts = [part[:, :n_keys].copy() for part in (k, v)]
+        found = attend(instruction_set, q, *parts, mask[None, :, :n_keys].copy())[1]
+        np.testing.assert_array_equal(found, together)
+    for head in range(3):
+        one = [part[head : head + 1].copy() for part in (q[:, 2:3], k, v)]
+        found = attend(instruction_set, *one, mask[None, 2:3].copy())[1]
+        np.testing.assert_array_equal(found[0, 0], together[head, 2])
+
+
+@needs_library
+@IN_ALL_SETS
+def test_attention_to_extreme_scores(instruction_set):
+    """Scores far apart leave one weight, equal ones equal weights; NaN and infinity are not lost."""
+    k = np.zeros((1, 20, 4), np.float32)
+    q, v, mask = np.full((1, 1, 4), 10, np.float32), np.ones_like(k), np.ones((1, 1, 20), bool)
+    weights = attend(instruction_set, q, k, v, mask)[0]
+    np.testing.assert_allclose(weights, 1 / 20, rtol=1e-6)
+    k[0, 7] = 1e4
+    np.testing.assert_array_equal(attend(instruction_set, q, k, v, mask)[0][0, 0], np.arange(20) == 7)
+    k[0, 7] = -1e4
+    np.testing.assert_allclose(attend(instruction_set, q, k, v, mask)[0][0, 0], (np.arange(20) != 7) / 19, rtol=1e-6)
+    for bad in (np.nan, np.inf):
+        k[0, 7] = bad
+        assert np.isnan(attend(instruction_set, q, k, v, mask)[1]).all()
+
+
 @needs_library
 def test_another_instruction_set_is_refused():
     assert kernels.load_library().tf_gpt2_product(b"sse9", 0, None, None, None, None, 1, 1, 1) == 1
     assert kernels.load_library().tf_gpt2_float_product(b"sse9", None, None, None, 1, 1, 1) == 1
+    assert kernels.load_library().tf_gpt2_attention(b"sse9", *[None] * 6, 1, 1, 1, 1, 1) == 1
 
 
 # ---- outliers
@@ -254,6 +328,29 @@ def test_xla_gets_what_the_library_computes_of_floats(n_rows):
         np.testing.assert_array_equal(found, run_floats(kernels.instruction_sets()[0], x, w))
 
 
+@needs_library
+@pytest.mark.parametrize("n_queries", [1, native.MOST_POSITIONS, native.MOST_POSITIONS + 1])
+def test_xla_gets_what_the_library_computes_of_attention(n_queries):
+    assert not kernels.why_not_registered()
+    q, k, v, mask = random_attention(6, n_queries, 24, 16, 6)
+
+    @tf.function(jit_compile=True)
+    def attention(q, k, v, mask):
+        weights = native.attention_weights(q, k, mask)
+        return weights, native.weighted_sum(weights, v)
+
+    found = [part.numpy() for part in attention(q, k, v, mask)]
+    weights = plain.attention_weights(*map(tf.constant, (q, k, mask)))
+    for one, wanted in zip(found, (weights, plain.weighted_sum(weights, tf.constant(v))), strict=True):
+        np.testing.assert_allclose(one, wanted, atol=2e-5)
+    hlo = attention.experimental_get_compiler_ir(q, k, v, mask)(stage="hlo")
+    is_ours = n_queries <= native.MOST_POSITIONS
+    assert ("tf_gpt2_attention_weights_v1" in hlo, "tf_gpt2_weighted_sum_v1" in hlo) == (is_ours, is_ours)
+    if is_ours:
+        for one, ours in zip(found, attend(kernels.instruction_sets()[0], q, k, v, mask), strict=True):
+            np.testing.assert_array_equal(one, ours)
+
+
 def test_wrong_shapes_are_refused_by_name(matrix):
     name = f"tf_gpt2_product_{8 if isinstance(matrix, Int8Matrix) else 4}_v1"
     function = tf.function(lambda *inputs: call_foreign(name, inputs, (3, 50)), jit_compile=True)
@@ -262,6 +359,13 @@ def test_wrong_shapes_are_refused_by_name(matrix):
     function = tf.function(lambda *inputs: call_foreign("tf_gpt2_product_f_v1", inputs, (3, 50)), jit_compile=True)
     with pytest.raises(tf.errors.InvalidArgumentError, match="weights must be float32"):
         function(tf.ones((3, 300)), tf.ones((50, 200)))
+    name = "tf_gpt2_attention_weights_v1"
+    function = tf.function(lambda *inputs: call_foreign(name, inputs, (6, 1, 9)), jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="mask must be bool"):
+        function(tf.ones((6, 1, 4)), tf.ones((6, 9, 4)), tf.ones((6, 1, 8), tf.bool))
+    function = tf.function(lambda *inputs: call_foreign("tf_gpt2_weighted_sum_v1", inputs, (6, 1, 4)), jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="v must be float32"):
+        function(tf.ones((6, 1, 9)), tf.ones((6, 8, 4)))
 
 
 @needs_library

@@ -63,6 +63,40 @@ int n_wrong_floats(const Kernels& kernels, const Pool& pool, int n_rows, int n_i
   return n_wrong;
 }
 
+// Returns how many results of attention differ from those of one head at a time, alone, or from sums in double precision.
+int n_wrong_attention(const Kernels& kernels, const Pool& pool, int n_heads, int n_queries, int n_keys, int width) {
+  auto q = random_numbers<float>((size_t)n_heads * n_queries * width, -3, 3);
+  auto k = random_numbers<float>((size_t)n_heads * n_keys * width, -3, 3);
+  auto v = random_numbers<float>((size_t)n_heads * n_keys * width, -9, 9);
+  auto mask = random_numbers<uint8_t>((size_t)n_queries * n_keys, 0, 1);
+  for (int query = 0; query < n_queries; ++query) mask[(size_t)query * n_keys] = 1;
+  std::vector<float> weights((size_t)n_heads * n_queries * n_keys), y(q.size()), weights_alone(weights), alone(y);
+  run_weights({q.data(), k.data(), mask.data(), weights.data(), n_heads, 1, n_queries, n_keys, width}, kernels, pool);
+  run_sum({weights.data(), v.data(), y.data(), n_heads, n_queries, n_keys, width}, kernels, pool);
+  int n_wrong = 0;
+  for (int head = 0; head < n_heads; ++head)
+    for (int query = 0; query < n_queries; ++query) {
+      const size_t row = (size_t)head * n_queries + query;
+      const float* keys = k.data() + (size_t)head * n_keys * width;
+      const float* values = v.data() + (size_t)head * n_keys * width;
+      run_weights({q.data() + row * width, keys, mask.data() + (size_t)query * n_keys, weights_alone.data(), 1, 1, 1,
+                   n_keys, width},
+                  kernels, Pool());
+      run_sum({weights_alone.data(), values, alone.data(), 1, 1, n_keys, width}, kernels, Pool());
+      double sum = 0;
+      for (int key = 0; key < n_keys; ++key) sum += weights[row * n_keys + key];
+      n_wrong += std::abs(sum - 1) > 1e-5;
+      for (int i = 0; i < width; ++i) {
+        double exact = 0;
+        for (int key = 0; key < n_keys; ++key)
+          exact += (double)weights[row * n_keys + key] * values[(size_t)key * width + i];
+        const float found = y[row * width + i];
+        n_wrong += found != alone[i] || std::abs(found - exact) > 1e-4;
+      }
+    }
+  return n_wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -89,6 +123,13 @@ int main() {
         for (int n_rows : {1, 2, 3, 5, 8, 11}) {
           n_wrong += n_wrong_floats(*set->kernels, Pool(), n_rows, n_in, n_out) != 0;
           n_wrong += n_wrong_floats(*set->kernels, pool, n_rows, n_in, n_out) != 0;
+          ++n_cases;
+        }
+    for (int width : {1, 5, 16, 64, 70})
+      for (int n_keys : {1, 3, 16, 37})
+        for (int n_queries : {1, 3}) {
+          n_wrong += n_wrong_attention(*set->kernels, Pool(), 3, n_queries, n_keys, width) != 0;
+          n_wrong += n_wrong_attention(*set->kernels, pool, 3, n_queries, n_keys, width) != 0;
           ++n_cases;
         }
     printf("%s: %d cases, %d wrong\n", set->name, n_cases, n_wrong);

@@ -1,4 +1,4 @@
-"""Finds the native kernels, products with 8-bit, 4-bit and float weights, and makes them known to XLA.
+"""Finds the native kernels, products with 8-bit, 4-bit and float weights and attention, and makes them known to XLA.
 
 They are a library that pip compiles from ``runtime/native`` where there is a compiler; without it XLA's own products
 are used. The environment variable ``TF_GPT2_KERNELS`` chooses: ``native`` demands the kernels, ``xla`` and ``off`` do
@@ -98,7 +98,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 @functools.cache
 def why_not_registered() -> str:
-    """Makes the products known to XLA, once per process; returns why that failed, or ""."""
+    """Makes the kernels known to XLA, once per process; returns why that failed, or ""."""
     from tf_gpt2.runtime.tf_internals import ffi_api
 
     api = ffi_api()

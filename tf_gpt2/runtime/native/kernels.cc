@@ -1,5 +1,6 @@
-// Products of a few float rows with 8-bit, 4-bit and float matrices, y = x w', for functions that XLA compiles. Each weight
-// is read once for up to eight rows, and a row's result is the same whatever its neighbours.
+// Products of a few float rows with 8-bit, 4-bit and float matrices, y = x w', and attention of a few new positions, for
+// functions that XLA compiles. Each weight is read once for up to eight rows, and of a cache only what is in sight. A row's
+// result is the same whatever its neighbours.
 //
 // With integers, each row is rounded to 8 bits, a scale per block of columns: 16 columns for 8-bit weights, 32 for 4-bit ones. A block's
 // products are summed in integers, exactly; the blocks' sums, times their scales, are added one after the other in
@@ -61,9 +62,27 @@ struct FloatProduct {
   int n_rows, n_in, n_out;
 };
 
+// The weights of attention: q (n_heads, n_queries, width), k (n_heads, n_keys, width), mask (n_heads or 1, n_queries,
+// n_keys) -> weights (n_heads, n_queries, n_keys). Heads of all rows count.
+struct Scores {
+  const float *q, *k;
+  const uint8_t* mask;
+  float* weights;
+  int n_heads, n_masks, n_queries, n_keys, width;
+};
+
+// What attention sums: weights (n_heads, n_queries, n_keys), v (n_heads, n_keys, width) -> y (n_heads, n_queries, width).
+struct WeightedSum {
+  const float *weights, *v;
+  float* y;
+  int n_heads, n_queries, n_keys, width;
+};
+
 typedef void Round(const Product&, int offset, int first_row, int end_row);
 typedef void Multiply(const Product&, void* panel, int first_row, int end_row, int first, int end);
 typedef void MultiplyFloats(const FloatProduct&, int first, int end);
+typedef void Weigh(const Scores&, int head);
+typedef void SumValues(const WeightedSum&, int head);
 
 // The functions for one instruction set.
 struct Kernels {
@@ -71,6 +90,8 @@ struct Kernels {
   Round *round_8, *round_4;
   Multiply *multiply_8, *multiply_4;
   MultiplyFloats* multiply_floats;
+  Weigh* weigh;
+  SumValues* sum_values;
 };
 
 // ---- portable
@@ -102,6 +123,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 
 #include "product.inc"
 #include "float_product.inc"
+#include "attention.inc"
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -167,6 +189,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 
 #include "product.inc"
 #include "float_product.inc"
+#include "attention.inc"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -197,6 +220,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 
 #include "product.inc"
 #include "float_product.inc"
+#include "attention.inc"
 }  // namespace avx_vnni
 #pragma GCC pop_options
 
@@ -245,6 +269,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 
 #include "product.inc"
 #include "float_product.inc"
+#include "attention.inc"
 }  // namespace avx512_vnni
 #pragma GCC pop_options
 
@@ -288,6 +313,7 @@ static inline void transpose(const uint8_t* from, size_t stride, uint32_t (*line
 
 #include "product.inc"
 #include "float_product.inc"
+#include "attention.inc"
 }  // namespace neon_dotprod
 #pragma GCC pop_options
 
@@ -372,17 +398,24 @@ struct Pool {
   }
 };
 
-// Pieces of work that threads claim, one after the other.
+// Pieces of work, in as many shares as there are threads. A thread claims those of one share, one after the other, because
+// it has read ahead of them, and then what is left of the other shares.
 struct Pieces {
   void (*work)(const void* of, int piece);
   const void* of;
-  int n;
-  std::atomic<int> n_claimed{0}, n_done{0};
+  int n, n_shares;
+  std::unique_ptr<std::atomic<int>[]> n_claimed;
+  std::atomic<int> n_done{0};
 
-  void take_all() {
-    for (int piece; (piece = n_claimed.fetch_add(1, std::memory_order_relaxed)) < n;) {
-      work(of, piece);
-      n_done.fetch_add(1, std::memory_order_release);
+  int first_of(int share) const { return (int64_t)n * share / n_shares; }
+
+  void take_all(int own_share) {
+    for (int i = 0; i < n_shares; ++i) {
+      const int share = (own_share + i) % n_shares, first = first_of(share), end = first_of(share + 1);
+      for (int piece; (piece = first + n_claimed[share].fetch_add(1, std::memory_order_relaxed)) < end;) {
+        work(of, piece);
+        n_done.fetch_add(1, std::memory_order_release);
+      }
     }
   }
 };
@@ -392,23 +425,28 @@ struct Pieces {
 // late finds no piece left and touches nothing but the counters, which it owns a share of.
 template <class Work>
 void in_pieces(const Pool& pool, int n, const Work& work) {
-  typedef std::shared_ptr<Pieces> Share;
-  Share pieces = std::make_shared<Pieces>();
+  struct Task {
+    std::shared_ptr<Pieces> pieces;
+    int share;
+  };
+  auto pieces = std::make_shared<Pieces>();
   pieces->work = [](const void* of, int piece) { (*(const Work*)of)(piece); };
   pieces->of = &work;
   pieces->n = n;
-  for (int i = 1; i < pool.n_threads && i < n; ++i) {
-    Share* share = new Share(pieces);
+  pieces->n_shares = pool.n_threads < n ? pool.n_threads : n;
+  pieces->n_claimed.reset(new std::atomic<int>[pieces->n_shares]());
+  for (int i = 1; i < pieces->n_shares; ++i) {
+    Task* task = new Task{pieces, i};
     auto run = [](void* data) {
-      std::unique_ptr<Share> share((Share*)data);
-      (*share)->take_all();
+      std::unique_ptr<Task> task((Task*)data);
+      task->pieces->take_all(task->share);
     };
-    if (!pool.schedule(run, share)) {
-      delete share;
+    if (!pool.schedule(run, task)) {
+      delete task;
       break;
     }
   }
-  pieces->take_all();
+  pieces->take_all(0);
   for (int turn = 0; pieces->n_done.load(std::memory_order_acquire) < n; ++turn) {
 #if defined(__x86_64__)
     _mm_pause();
@@ -465,6 +503,14 @@ void run_floats(const FloatProduct& p, const Kernels& kernels, const Pool& pool)
   in_pieces(pool, divide_up(p.n_out, n_each), multiply_part);
 }
 
+void run_weights(const Scores& p, const Kernels& kernels, const Pool& pool) {
+  in_pieces(pool, p.n_heads, [&](int head) { kernels.weigh(p, head); });
+}
+
+void run_sum(const WeightedSum& p, const Kernels& kernels, const Pool& pool) {
+  in_pieces(pool, p.n_heads, [&](int head) { kernels.sum_values(p, head); });
+}
+
 // Makes a product of plain arrays.
 Product make_product(const float* x, const void* weights, const void* scales, float* y, int n_rows, int n_in, int n_out,
                      bool is_4_bit) {
@@ -495,6 +541,11 @@ xla_ffi::Error* refuse(const Call& call, const char* message) {
 bool is_array(const Buffer& buffer, int type, int64_t first, int64_t second) {
   return buffer.type == type && buffer.rank == 2 && (first < 0 || buffer.sizes[0] == first) &&
          (second < 0 || buffer.sizes[1] == second);
+}
+
+bool is_array(const Buffer& buffer, int type, int64_t first, int64_t second, int64_t third) {
+  return buffer.type == type && buffer.rank == 3 && (first < 0 || buffer.sizes[0] == first) &&
+         (second < 0 || buffer.sizes[1] == second) && (third < 0 || buffer.sizes[2] == third);
 }
 
 Pool pool_of(const Call& call) {
@@ -558,6 +609,43 @@ xla_ffi::Error* product_f(Call* call) {
   return nullptr;
 }
 
+// q (N, T, D), k (N, S, D), mask (N or 1, T, S) -> weights (N, T, S)
+xla_ffi::Error* attention_weights(Call* call) {
+  using namespace xla_ffi;
+  if (is_question(call)) return nullptr;
+  if (call->arguments.n != 3 || call->results.n != 1) return refuse(*call, "expected q, k, mask -> weights");
+  const Buffer &q = *call->arguments.buffers[0], &k = *call->arguments.buffers[1];
+  const Buffer &mask = *call->arguments.buffers[2], &weights = *call->results.buffers[0];
+  if (!is_array(q, F32, -1, -1, -1)) return refuse(*call, "q must be float32 (N, T, D)");
+  const int64_t n_heads = q.sizes[0], n_queries = q.sizes[1], width = q.sizes[2];
+  if (!is_array(k, F32, n_heads, -1, width)) return refuse(*call, "k must be float32 (N, S, D)");
+  const int64_t n_keys = k.sizes[1];
+  if (!is_array(mask, PRED, -1, n_queries, n_keys) || (mask.sizes[0] != 1 && mask.sizes[0] != n_heads))
+    return refuse(*call, "mask must be bool (N or 1, T, S)");
+  if (!is_array(weights, F32, n_heads, n_queries, n_keys)) return refuse(*call, "weights must be float32 (N, T, S)");
+  run_weights({(const float*)q.data, (const float*)k.data, (const uint8_t*)mask.data, (float*)weights.data, (int)n_heads,
+               (int)mask.sizes[0], (int)n_queries, (int)n_keys, (int)width},
+              *find_kernels(nullptr), pool_of(*call));
+  return nullptr;
+}
+
+// weights (N, T, S), v (N, S, D) -> y (N, T, D)
+xla_ffi::Error* weighted_sum(Call* call) {
+  using namespace xla_ffi;
+  if (is_question(call)) return nullptr;
+  if (call->arguments.n != 2 || call->results.n != 1) return refuse(*call, "expected weights, v -> y");
+  const Buffer &weights = *call->arguments.buffers[0], &v = *call->arguments.buffers[1];
+  const Buffer& y = *call->results.buffers[0];
+  if (!is_array(weights, F32, -1, -1, -1)) return refuse(*call, "weights must be float32 (N, T, S)");
+  const int64_t n_heads = weights.sizes[0], n_queries = weights.sizes[1], n_keys = weights.sizes[2];
+  if (!is_array(v, F32, n_heads, n_keys, -1)) return refuse(*call, "v must be float32 (N, S, D)");
+  if (!is_array(y, F32, n_heads, n_queries, v.sizes[2])) return refuse(*call, "y must be float32 (N, T, D)");
+  run_sum({(const float*)weights.data, (const float*)v.data, (float*)y.data, (int)n_heads, (int)n_queries, (int)n_keys,
+           (int)v.sizes[2]},
+          *find_kernels(nullptr), pool_of(*call));
+  return nullptr;
+}
+
 xla_ffi::Error* product_8(Call* call) { return product(call, false); }
 xla_ffi::Error* product_4(Call* call) { return product(call, true); }
 
@@ -594,6 +682,17 @@ EXPORTED int tf_gpt2_float_product(const char* instruction_set, const float* x, 
   return 0;
 }
 
+// The same for attention: q (N, T, D), k and v (N, S, D), mask (n_masks, T, S) -> weights (N, T, S), y (N, T, D).
+EXPORTED int tf_gpt2_attention(const char* instruction_set, const float* q, const float* k, const float* v,
+                               const uint8_t* mask, float* weights, float* y, int n_heads, int n_masks, int n_queries,
+                               int n_keys, int width) {
+  const Kernels* kernels = find_kernels(instruction_set);
+  if (!kernels) return 1;
+  run_weights({q, k, mask, weights, n_heads, n_masks, n_queries, n_keys, width}, *kernels, Pool());
+  run_sum({weights, v, y, n_heads, n_queries, n_keys, width}, *kernels, Pool());
+  return 0;
+}
+
 // Registers the products with XLA. Writes why not, or nothing. Code that was compiled and kept on disk calls them by these
 // names: products that take other arguments, or give other results, need other names.
 EXPORTED void tf_gpt2_register(const void* api_table, char* why_not, size_t size) {
@@ -610,7 +709,9 @@ EXPORTED void tf_gpt2_register(const void* api_table, char* why_not, size_t size
     Handler* handler;
   } const products[] = {{"tf_gpt2_product_8_v1", product_8},
                         {"tf_gpt2_product_4_v1", product_4},
-                        {"tf_gpt2_product_f_v1", product_f}};
+                        {"tf_gpt2_product_f_v1", product_f},
+                        {"tf_gpt2_attention_weights_v1", attention_weights},
+                        {"tf_gpt2_weighted_sum_v1", weighted_sum}};
   for (const auto& one : products) {
     Registration registration = {head<Registration>(), {one.name, strlen(one.name)}, {"Host", 4}, nullptr, nullptr,
                                  nullptr,              one.handler,                  0};

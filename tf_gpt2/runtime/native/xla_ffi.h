@@ -45,7 +45,7 @@ struct MetadataExtension {
   Metadata* metadata;
 };
 
-enum Type { S8 = 2, U8 = 6, F32 = 11, BF16 = 16 };
+enum Type { PRED = 1, S8 = 2, U8 = 6, F32 = 11, BF16 = 16 };
 
 struct Buffer {
   Head head;
