@@ -124,7 +124,7 @@ def print_cell(name: str, engines: dict[str, Any]) -> None:
 def keep(report: dict[str, Any], cells: dict[str, Any], path: Path) -> None:
     """Writes the cells so far under the kind of processor; other cells of earlier runs stay."""
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    kind = report["machine"]["cpu"]
+    kind = report["machine"]["kind"]
     before = stored.get(kind, {}).get("cells", {})
     stored[kind] = {**report, "cells": {**before, **cells}}
     path.parent.mkdir(parents=True, exist_ok=True)

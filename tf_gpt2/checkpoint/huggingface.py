@@ -118,7 +118,11 @@ def read_config(folder: Path) -> GPT2Config:
     Raises:
         CheckpointError: when it cannot be read, or has a key or a value that would make another model; names it.
     """
-    keys = read_json(folder / CONFIG)
+    return config_in(folder, read_json(folder / CONFIG))
+
+
+def config_in(folder: Path, keys: Mapping[str, Any]) -> GPT2Config:
+    """Makes a config from what was read of ``config.json``; raises the errors of ``read_config``."""
     try:
         return config_from(keys)
     except (TypeError, ValueError) as error:

@@ -28,7 +28,7 @@ def read_huggingface_encoder(folder: Path) -> Encoder:
     """Reads a tokenizer whose end of text is that of ``config.json``, without added tokens that the model lacks."""
     keys = huggingface.read_json(folder / huggingface.CONFIG)
     encoder = vocabulary.read_huggingface_encoder(folder, keys.get("eos_token_id"))
-    return without_tokens_beyond(encoder, huggingface.read_config(folder).n_vocab)
+    return without_tokens_beyond(encoder, huggingface.config_in(folder, keys).n_vocab)
 
 
 def without_tokens_beyond(encoder: Encoder, n_vocab: int) -> Encoder:
