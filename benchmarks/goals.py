@@ -9,12 +9,6 @@ from benchmarks.summary import Result, speed_far
 
 FLOAT32, INT8, INT4 = ANCHORS
 FLOAT32_NAMES = ("float32", "f32")
-FIRST_CALLS = {
-    "amd-avx512": {FLOAT32: (4.42, 1.84), INT8: (3.61, 1.76)},
-    "intel-amx": {FLOAT32: (7.2, None), INT8: (9.1, None)},
-}
-"""Seconds of 0.1.0's first call, with nothing compiled before and in a second process, by kind of processor. Source:
-``python -m benchmarks.compare --jobs decode --engines tf_gpt2:int8`` of 0.1.0."""
 
 
 def check_goals(result: Result) -> list[dict[str, Any]]:
@@ -24,7 +18,7 @@ def check_goals(result: Result) -> list[dict[str, Any]]:
     part after ``python -m benchmarks.`` of the command that measures that goal alone.
     """
     goals = [*decode_goals(result), *batch_goals(result), *prefill_goals(result), *own_goals(result)]
-    return [{"kind": result["machine"]["kind"], **goal} for goal in goals + first_call_goals(result)]
+    return [{"kind": result["machine"]["kind"], **goal} for goal in goals]
 
 
 def decode_goals(result: Result) -> list[dict[str, Any]]:
@@ -70,20 +64,6 @@ def own_goals(result: Result) -> list[dict[str, Any]]:
         at_most(1.25, "position 1000 to 50: int8's time per token", speed and 1 / speed, positions),
         at_most(0.5, "peak memory: int8 to our float32", peak, compare("decode", INT8)),
     ]
-
-
-def first_call_goals(result: Result) -> list[dict[str, Any]]:
-    """Returns those that 0.1.0 has a figure for, on this kind of processor."""
-    goals = []
-    for engine, (cold, warm) in FIRST_CALLS.get(result["machine"]["kind"], {}).items():
-        facts, name, command = result["engines"].get(engine, {}), precision_of(engine), compare("decode", engine)
-        goals.append(
-            at_most(cold, f"first call: {name}, nothing compiled before, s", facts.get("first_call_s"), command)
-        )
-        if warm:
-            second = facts.get("warm", {}).get("first_call_s")
-            goals.append(at_most(warm, f"first call: {name}, in a second process, s", second, command))
-    return goals
 
 
 def best_to_best(ratios: dict[str, dict[str, float]]) -> float | None:

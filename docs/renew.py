@@ -123,7 +123,8 @@ def training_table() -> str:
         of = ", ".join(f"{name} {version}" for name, version in sorted(found.items()))
         lines += [
             "",
-            f"{report['machine']['cpu']} ({kind}), {report['settings']['threads']} threads, {report['date'][:10]}; {of}.",
+            f"{report['machine']['cpu']} ({kind}), {report['settings']['threads']} threads, "
+            f"{report['date'][:10]}; {of}.",
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -115,20 +115,12 @@ def test_goals(result):
             "prefill 512: time of float32 to that of the best float32 peer": 2.0,
             "position 1000 to 50: int8's time per token": (7.0 / 59) / (5.1 / 51),
             "peak memory: int8 to our float32": 9 / 17,
-            "first call: float32, nothing compiled before, s": 7,
-            "first call: float32, in a second process, s": 2,
-            "first call: int8, nothing compiled before, s": 9,
         }
     )
     reached = {name for name, goal in found.items() if goal["reached"]}
     assert reached == {"decode: float32 to CTranslate2 float32", "position 1000 to 50: int8's time per token"}
     assert found["decode: int4 to llama.cpp Q4_0"]["reached"] is None
     assert {goal["kind"] for goal in found.values()} == {"amd-avx512"}
-
-
-def test_first_calls_have_goals_where_the_version_before_was_measured(result):
-    result["machine"]["kind"] = "arm-dotprod"
-    assert not [goal for goal in goals.check_goals(result) if goal["goal"].startswith("first call")]
 
 
 def test_the_ceiling_is_told_for_both_sizes_of_pages(result):
@@ -146,7 +138,7 @@ def test_the_command_of_each_goal_is_one_that_measures_it(result, monkeypatch):
         named = {engine for engine in engines.ENGINES if engines.label(engine) in goal["goal"]}
         assert {*named, OURS} <= set(arguments.engines)
         assert INT8 in arguments.engines or "int8" not in goal["goal"]
-        assert goal["goal"].startswith((*(job.partition("_")[0] for job in arguments.jobs), "peak", "first"))
+        assert goal["goal"].startswith((*(job.partition("_")[0] for job in arguments.jobs), "peak"))
 
 
 def test_goals_take_the_best_peer_and_the_best_of_ours():
