@@ -82,18 +82,23 @@ def guarded(array):
     return inside, memory
 
 
-def run(instruction_set, bits, x, w, scale):
-    """Calls the library without XLA; checks that nothing is written outside the result."""
-    copies = [guarded(array) for array in (x, w, scale, np.zeros((len(x), len(w)), np.float32))]
+def call(function, first, inputs, shapes, sizes):
+    """Calls the library without XLA; checks that nothing is written outside the results, float32 of these shapes."""
+    copies = [guarded(array) for array in (*inputs, *(np.zeros(shape, np.float32) for shape in shapes))]
     before = [memory.copy() for _, memory in copies]
     pointers = [ctypes.c_void_p(array.ctypes.data) for array, _ in copies]
-    library = kernels.load_library()
-    assert library.tf_gpt2_product(instruction_set.encode(), bits == 4, *pointers, len(x), x.shape[1], len(w)) == 0
-    for (_, memory), old in zip(copies[:3], before[:3], strict=True):
+    assert getattr(kernels.load_library(), function)(*first, *pointers, *sizes) == 0
+    for (_, memory), old in zip(copies[: len(inputs)], before, strict=False):
         np.testing.assert_array_equal(memory, old)
-    y, memory = copies[3]
-    assert (memory[:GUARD] == 0xA5).all() and (memory[-GUARD:] == 0xA5).all()
-    return y
+    for _, memory in copies[len(inputs) :]:
+        assert (memory[:GUARD] == 0xA5).all() and (memory[-GUARD:] == 0xA5).all()
+    return [result for result, _ in copies[len(inputs) :]]
+
+
+def run(instruction_set, bits, x, w, scale):
+    """Multiplies by a quantized matrix."""
+    first, sizes = (instruction_set.encode(), bits == 4), (len(x), x.shape[1], len(w))
+    return call("tf_gpt2_product", first, (x, w, scale), [(len(x), len(w))], sizes)[0]
 
 
 # ---- the kernels alone
@@ -140,15 +145,9 @@ def test_extreme_numbers(instruction_set):
 
 
 def run_floats(instruction_set, x, w):
-    """Calls the library without XLA; checks that nothing is written outside the result."""
-    copies = [guarded(array) for array in (x, w, np.zeros((len(x), len(w)), np.float32))]
-    pointers = [ctypes.c_void_p(array.ctypes.data) for array, _ in copies]
-    library = kernels.load_library()
-    assert library.tf_gpt2_float_product(instruction_set.encode(), *pointers, len(x), x.shape[1], len(w)) == 0
-    for (_, memory), old in zip(copies, (x, w, None), strict=True):
-        assert (memory[:GUARD] == 0xA5).all() and (memory[-GUARD:] == 0xA5).all()
-        assert old is None or memory[GUARD:-GUARD].tobytes() == old.tobytes()
-    return copies[2][0]
+    """Multiplies by a matrix of floats."""
+    sizes = (len(x), x.shape[1], len(w))
+    return call("tf_gpt2_float_product", [instruction_set.encode()], (x, w), [(len(x), len(w))], sizes)[0]
 
 
 @needs_library
@@ -173,17 +172,10 @@ def test_a_product_of_floats_is_exact_and_each_row_s_own(n_in, instruction_set):
 
 
 def attend(instruction_set, q, k, v, mask):
-    """Calls the library without XLA: the weights, and the sums; checks that nothing is written outside of them."""
+    """Computes attention: the weights, and the sums."""
     (n, n_queries, width), n_keys = q.shape, k.shape[1]
-    results = [np.zeros(shape, np.float32) for shape in ((n, n_queries, n_keys), (n, n_queries, width))]
-    copies = [guarded(array) for array in (q, k, v, mask, *results)]
-    pointers = [ctypes.c_void_p(array.ctypes.data) for array, _ in copies]
-    sizes = (n, len(mask), n_queries, n_keys, width)
-    assert kernels.load_library().tf_gpt2_attention(instruction_set.encode(), *pointers, *sizes) == 0
-    for (_, memory), old in zip(copies, (q, k, v, mask, None, None), strict=True):
-        assert (memory[:GUARD] == 0xA5).all() and (memory[-GUARD:] == 0xA5).all()
-        assert old is None or memory[GUARD:-GUARD].tobytes() == old.tobytes()
-    return copies[4][0], copies[5][0]
+    shapes, sizes = [(n, n_queries, n_keys), (n, n_queries, width)], (n, len(mask), n_queries, n_keys, width)
+    return call("tf_gpt2_attention", [instruction_set.encode()], (q, k, v, mask), shapes, sizes)
 
 
 def random_attention(n, n_queries, n_keys, width, n_masks):

@@ -11,12 +11,14 @@
 // (n_out, n_groups * 16): byte i of a group of 32 has the number of column i in its lower half and that of column 16 + i
 // in its upper half, plus 8 each; scales are bfloat16 (n_groups, n_out).
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <thread>
@@ -537,15 +539,11 @@ xla_ffi::Error* refuse(const Call& call, const char* message) {
   return call.api->create_error(&error);
 }
 
-// Whether a buffer has a type and sizes (first, second); -1 for any size.
-bool is_array(const Buffer& buffer, int type, int64_t first, int64_t second) {
-  return buffer.type == type && buffer.rank == 2 && (first < 0 || buffer.sizes[0] == first) &&
-         (second < 0 || buffer.sizes[1] == second);
-}
-
-bool is_array(const Buffer& buffer, int type, int64_t first, int64_t second, int64_t third) {
-  return buffer.type == type && buffer.rank == 3 && (first < 0 || buffer.sizes[0] == first) &&
-         (second < 0 || buffer.sizes[1] == second) && (third < 0 || buffer.sizes[2] == third);
+// Whether a buffer has a type and sizes; -1 for any size.
+bool is_array(const Buffer& buffer, int type, std::initializer_list<int64_t> sizes) {
+  auto fits = [](int64_t wanted, int64_t size) { return wanted < 0 || wanted == size; };
+  return buffer.type == type && buffer.rank == (int64_t)sizes.size() &&
+         std::equal(sizes.begin(), sizes.end(), buffer.sizes, fits);
 }
 
 Pool pool_of(const Call& call) {
@@ -576,14 +574,14 @@ xla_ffi::Error* product(Call* call, bool is_4_bit) {
   if (call->arguments.n != 3 || call->results.n != 1) return refuse(*call, "expected x, weights, scales -> y");
   const Buffer &x = *call->arguments.buffers[0], &weights = *call->arguments.buffers[1];
   const Buffer &scales = *call->arguments.buffers[2], &y = *call->results.buffers[0];
-  if (!is_array(x, F32, -1, -1)) return refuse(*call, "x must be float32 (n_rows, n_in)");
+  if (!is_array(x, F32, {-1, -1})) return refuse(*call, "x must be float32 (n_rows, n_in)");
   const int64_t n_rows = x.sizes[0], n_in = x.sizes[1], n_groups = divide_up(n_in, BLOCK_4);
-  if (!is_array(weights, is_4_bit ? U8 : S8, -1, is_4_bit ? 16 * n_groups : n_in))
+  if (!is_array(weights, is_4_bit ? U8 : S8, {-1, is_4_bit ? 16 * n_groups : n_in}))
     return refuse(*call, "weights must be int8 (n_out, n_in), or uint8 (n_out, 16 per group of 32)");
   const int64_t n_out = weights.sizes[0];
-  if (!is_array(scales, is_4_bit ? BF16 : F32, is_4_bit ? n_groups : 1, n_out))
+  if (!is_array(scales, is_4_bit ? BF16 : F32, {is_4_bit ? n_groups : 1, n_out}))
     return refuse(*call, "scales must be float32 (1, n_out), or bfloat16 (n_groups, n_out)");
-  if (!is_array(y, F32, n_rows, n_out)) return refuse(*call, "y must be float32 (n_rows, n_out)");
+  if (!is_array(y, F32, {n_rows, n_out})) return refuse(*call, "y must be float32 (n_rows, n_out)");
   try {
     run(make_product((const float*)x.data, weights.data, scales.data, (float*)y.data, n_rows, n_in, n_out, is_4_bit),
         is_4_bit, *find_kernels(nullptr), pool_of(*call));
@@ -600,9 +598,9 @@ xla_ffi::Error* product_f(Call* call) {
   if (call->arguments.n != 2 || call->results.n != 1) return refuse(*call, "expected x, weights -> y");
   const Buffer &x = *call->arguments.buffers[0], &weights = *call->arguments.buffers[1];
   const Buffer& y = *call->results.buffers[0];
-  if (!is_array(x, F32, -1, -1)) return refuse(*call, "x must be float32 (n_rows, n_in)");
-  if (!is_array(weights, F32, -1, x.sizes[1])) return refuse(*call, "weights must be float32 (n_out, n_in)");
-  if (!is_array(y, F32, x.sizes[0], weights.sizes[0])) return refuse(*call, "y must be float32 (n_rows, n_out)");
+  if (!is_array(x, F32, {-1, -1})) return refuse(*call, "x must be float32 (n_rows, n_in)");
+  if (!is_array(weights, F32, {-1, x.sizes[1]})) return refuse(*call, "weights must be float32 (n_out, n_in)");
+  if (!is_array(y, F32, {x.sizes[0], weights.sizes[0]})) return refuse(*call, "y must be float32 (n_rows, n_out)");
   const int n_rows = (int)x.sizes[0], n_in = (int)x.sizes[1], n_out = (int)weights.sizes[0];
   run_floats({(const float*)x.data, (const float*)weights.data, (float*)y.data, n_rows, n_in, n_out},
              *find_kernels(nullptr), pool_of(*call));
@@ -616,13 +614,13 @@ xla_ffi::Error* attention_weights(Call* call) {
   if (call->arguments.n != 3 || call->results.n != 1) return refuse(*call, "expected q, k, mask -> weights");
   const Buffer &q = *call->arguments.buffers[0], &k = *call->arguments.buffers[1];
   const Buffer &mask = *call->arguments.buffers[2], &weights = *call->results.buffers[0];
-  if (!is_array(q, F32, -1, -1, -1)) return refuse(*call, "q must be float32 (N, T, D)");
+  if (!is_array(q, F32, {-1, -1, -1})) return refuse(*call, "q must be float32 (N, T, D)");
   const int64_t n_heads = q.sizes[0], n_queries = q.sizes[1], width = q.sizes[2];
-  if (!is_array(k, F32, n_heads, -1, width)) return refuse(*call, "k must be float32 (N, S, D)");
+  if (!is_array(k, F32, {n_heads, -1, width})) return refuse(*call, "k must be float32 (N, S, D)");
   const int64_t n_keys = k.sizes[1];
-  if (!is_array(mask, PRED, -1, n_queries, n_keys) || (mask.sizes[0] != 1 && mask.sizes[0] != n_heads))
+  if (!is_array(mask, PRED, {-1, n_queries, n_keys}) || (mask.sizes[0] != 1 && mask.sizes[0] != n_heads))
     return refuse(*call, "mask must be bool (N or 1, T, S)");
-  if (!is_array(weights, F32, n_heads, n_queries, n_keys)) return refuse(*call, "weights must be float32 (N, T, S)");
+  if (!is_array(weights, F32, {n_heads, n_queries, n_keys})) return refuse(*call, "weights must be float32 (N, T, S)");
   run_weights({(const float*)q.data, (const float*)k.data, (const uint8_t*)mask.data, (float*)weights.data, (int)n_heads,
                (int)mask.sizes[0], (int)n_queries, (int)n_keys, (int)width},
               *find_kernels(nullptr), pool_of(*call));
@@ -636,10 +634,10 @@ xla_ffi::Error* weighted_sum(Call* call) {
   if (call->arguments.n != 2 || call->results.n != 1) return refuse(*call, "expected weights, v -> y");
   const Buffer &weights = *call->arguments.buffers[0], &v = *call->arguments.buffers[1];
   const Buffer& y = *call->results.buffers[0];
-  if (!is_array(weights, F32, -1, -1, -1)) return refuse(*call, "weights must be float32 (N, T, S)");
+  if (!is_array(weights, F32, {-1, -1, -1})) return refuse(*call, "weights must be float32 (N, T, S)");
   const int64_t n_heads = weights.sizes[0], n_queries = weights.sizes[1], n_keys = weights.sizes[2];
-  if (!is_array(v, F32, n_heads, n_keys, -1)) return refuse(*call, "v must be float32 (N, S, D)");
-  if (!is_array(y, F32, n_heads, n_queries, v.sizes[2])) return refuse(*call, "y must be float32 (N, T, D)");
+  if (!is_array(v, F32, {n_heads, n_keys, -1})) return refuse(*call, "v must be float32 (N, S, D)");
+  if (!is_array(y, F32, {n_heads, n_queries, v.sizes[2]})) return refuse(*call, "y must be float32 (N, T, D)");
   run_sum({(const float*)weights.data, (const float*)v.data, (float*)y.data, (int)n_heads, (int)n_queries, (int)n_keys,
            (int)v.sizes[2]},
           *find_kernels(nullptr), pool_of(*call));
@@ -693,8 +691,8 @@ EXPORTED int tf_gpt2_attention(const char* instruction_set, const float* q, cons
   return 0;
 }
 
-// Registers the products with XLA. Writes why not, or nothing. Code that was compiled and kept on disk calls them by these
-// names: products that take other arguments, or give other results, need other names.
+// Registers the kernels with XLA. Writes why not, or nothing. Code that was compiled and kept on disk calls them by these
+// names: kernels that take other arguments, or give other results, need other names.
 EXPORTED void tf_gpt2_register(const void* api_table, char* why_not, size_t size) {
   using namespace xla_ffi;
   const Api* api = (const Api*)api_table;
@@ -707,12 +705,12 @@ EXPORTED void tf_gpt2_register(const void* api_table, char* why_not, size_t size
   struct {
     const char* name;
     Handler* handler;
-  } const products[] = {{"tf_gpt2_product_8_v1", product_8},
-                        {"tf_gpt2_product_4_v1", product_4},
-                        {"tf_gpt2_product_f_v1", product_f},
-                        {"tf_gpt2_attention_weights_v1", attention_weights},
-                        {"tf_gpt2_weighted_sum_v1", weighted_sum}};
-  for (const auto& one : products) {
+  } const all[] = {{"tf_gpt2_product_8_v1", product_8},
+                   {"tf_gpt2_product_4_v1", product_4},
+                   {"tf_gpt2_product_f_v1", product_f},
+                   {"tf_gpt2_attention_weights_v1", attention_weights},
+                   {"tf_gpt2_weighted_sum_v1", weighted_sum}};
+  for (const auto& one : all) {
     Registration registration = {head<Registration>(), {one.name, strlen(one.name)}, {"Host", 4}, nullptr, nullptr,
                                  nullptr,              one.handler,                  0};
     if (Error* error = api->register_handler(&registration)) {
