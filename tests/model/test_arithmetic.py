@@ -197,6 +197,23 @@ def test_a_branch_is_one_node_outside_of_xla():
     assert library[nodes[0].attr["f"].func.name].attr["_noinline"].b
 
 
+@pytest.mark.parametrize(("ops", "is_kept"), [(xla, True), (graph, False)], ids=["xla", "graph"])
+def test_a_block_is_one_node_for_xla_alone(ops, is_kept):
+    """Guards a speed that would be lost in silence: XLA is given such a function once for all its calls."""
+
+    def blocks(x):
+        run = ops.once(many)
+        return run(run(x))
+
+    traced = tf.function(blocks, autograph=False).get_concrete_function(tf.TensorSpec((3,), tf.float32))
+    definition = traced.graph.as_graph_def()
+    called = [node.attr["f"].func.name for node in definition.node if node.op.endswith("PartitionedCall")]
+    assert len(called) == 2
+    assert len(set(called)) == 1
+    library = {one.signature.name: one for one in definition.library.function}
+    assert library[called[0]].attr["_noinline"].b == is_kept
+
+
 @pytest.mark.parametrize("ops", FASTER.values(), ids=FASTER)
 @pytest.mark.parametrize("is_taken", [False, True])
 def test_a_branch_gives_what_it_gives(is_taken, ops):

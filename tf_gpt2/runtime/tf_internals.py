@@ -59,7 +59,7 @@ def not_inlined(function: Callable[..., Any]) -> Any:
     """Returns a ``tf.function`` that TensorFlow keeps as a single node of the graph that calls it.
 
     Outside of XLA both branches of a ``tf.cond`` are inlined, and each node of the branch not taken still costs a step
-    of the executor. As a single node, the branch costs one step.
+    of the executor. As a single node, the branch costs one step. For XLA, see ``once`` in ``model/arithmetic/xla.py``.
 
     Test: ``tests/model/test_arithmetic.py``, ``test_a_branch_is_one_node_outside_of_xla``.
     """

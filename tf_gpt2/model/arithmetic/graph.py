@@ -7,6 +7,7 @@ done by operations that oneDNN has no kernel of.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -25,7 +26,7 @@ LARGE = 2**19
 Measured: ``python -m benchmarks.serving``, Intel Sapphire Rapids, 2026-11.
 """
 
-gather, norm, owned, once, branch = plain.gather, plain.norm, owned_copy, xla.once, not_inlined
+gather, norm, owned, branch = plain.gather, plain.norm, owned_copy, not_inlined
 first_largest, needs_twins = plain.first_largest, plain.needs_twins
 
 
@@ -114,3 +115,8 @@ def write(part: tf.Tensor, new: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
     written = tf.reshape(write_in_place(entries, places, new), tf.shape(part))
     written.set_shape(part.shape)
     return written
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a block's function so that it is traced once; TensorFlow inlines its graph into each block."""
+    return function if tf.executing_eagerly() else xla.with_tensors(tf.function(function, autograph=False))
