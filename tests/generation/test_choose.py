@@ -31,7 +31,7 @@ def settings_of(n_rows, *, seeds=None, n_vocab=1, **options):
 def choose_at(logits, sampling, positions, ops=xla):
     """Chooses the tokens for these places, whatever was said before."""
     ids = tf.zeros((logits.shape[0], 1), tf.int32)
-    return choose(logits, sampling, History(ids, positions, positions), tf.constant([-1]), ops)
+    return choose(logits, sampling, History(ids, positions, positions), tf.constant([-1]), ops=ops)
 
 
 def batch(row, n_rows=1):

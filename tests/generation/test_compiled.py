@@ -13,6 +13,7 @@ from reference import lively_params
 
 from tf_gpt2.checkpoint.params import leaves, map_leaves
 from tf_gpt2.config import GPT2Config
+from tf_gpt2.generation import choose
 from tf_gpt2.generation.beam import beam_search
 from tf_gpt2.generation.compiled import Compiled, arithmetic, compiled, compiled_for, matrices, twins_of, with_twins
 from tf_gpt2.generation.generate import generate, warm_up
@@ -76,6 +77,18 @@ def test_models_of_one_shape_share_what_is_compiled_and_keep_their_weights(jit_c
             wanted = tf.nn.log_softmax(one(np.array([prompt + ids])))[0, len(prompt) - 1 : -1].numpy()
             assert logprobs == pytest.approx([row[i] for row, i in zip(wanted, ids, strict=True)], abs=1e-4)
     assert len({str(result.ids) for result in found}) == 3
+
+
+def test_models_of_different_shapes_share_the_graph_of_choosing(monkeypatch):
+    """Guards a speed that would be lost in silence."""
+    calls = []
+    drawn = choose.gumbel
+    monkeypatch.setattr(choose, "gumbel", lambda *args: calls.append(args) or drawn(*args))
+    options = {"max_new_tokens": 3, "temperature": 1.0, "jit_compile": False}
+    for n_embd in (4, 8):  # of 23 ids, as no other test has
+        model = GPT2Model(GPT2Config(n_vocab=23, n_ctx=12, n_embd=n_embd, n_head=1, n_layer=1))
+        generate(model, [[5, 6, 7]], **options)
+    assert len(calls) == 1
 
 
 def test_training_between_two_texts_compiles_nothing():

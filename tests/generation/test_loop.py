@@ -303,7 +303,7 @@ for n_rows, n_vocab in [(3, 256), (2, 512), (1, 2048)]:
     sampling = settings.spread(n_rows)
     history = History(tf.zeros((n_rows, 33), tf.int32), tf.fill([n_rows], 2), tf.fill([n_rows], 1))
     logits = tf.zeros((n_rows, n_vocab))
-    ids = tf.function(lambda *a: choose(*a, xla), jit_compile=True)(logits, sampling, history, tf.constant([3, -1]))
+    ids = tf.function(lambda *a: choose(*a, ops=xla), jit_compile=True)(logits, sampling, history, tf.constant([3, -1]))
     assert ids.shape == n_rows
 model = GPT2Model(GPT2Config(n_vocab=1024, n_ctx=64, n_embd=64, n_head=1, n_layer=1))
 assert len(generate(model, [[0]], max_new_tokens=12, temperature=0.8, top_p=0.9).ids[0]) == 12

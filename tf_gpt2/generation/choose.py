@@ -9,6 +9,7 @@ is faster to sort, of top-k and top-p only what may remain. Knows nothing of mod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import tensorflow as tf
 from tf_gpt2.generation.processors import EXCLUDED, History, Processing, apply_if, change_allowed, process
 from tf_gpt2.generation.random import gumbel
 from tf_gpt2.model.arithmetic import Ops
+from tf_gpt2.runtime.tf_internals import not_inlined
 
 FILTERS = TOP_K, TOP_P, TYPICAL_P = range(3)
 """What is kept of the vocabulary, in the order in which it applies; min-p is a comparison and comes before the last."""
@@ -56,7 +58,23 @@ class Sampling(NamedTuple):
     n_new: tf.Tensor
 
 
-def choose(logits: tf.Tensor, sampling: Sampling, history: History, stop_ids: tf.Tensor, ops: Ops) -> tf.Tensor:
+def shared(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """Makes a function of tensors and an arithmetic one graph per shapes for all callers, not one in each caller's.
+
+    To make the graph of choosing takes as long as that of twelve blocks; another model or a larger cache needs no new
+    one.
+    """
+    graph_for = functools.cache(lambda ops: not_inlined(functools.partial(function, ops=ops)))
+
+    @functools.wraps(function)
+    def call(*tensors: Any, ops: Any) -> tf.Tensor:
+        return function(*tensors, ops=ops) if tf.executing_eagerly() else graph_for(ops)(*tensors)
+
+    return call
+
+
+@shared
+def choose(logits: tf.Tensor, sampling: Sampling, history: History, stop_ids: tf.Tensor, *, ops: Ops) -> tf.Tensor:
     """Chooses one id per row.
 
     The random numbers depend on the seed and the whole text's length only, so a row draws the same alone, in a batch,
@@ -75,14 +93,20 @@ def choose(logits: tf.Tensor, sampling: Sampling, history: History, stop_ids: tf
     logits = process(logits, sampling.processing, history, stop_ids, ops)
     likeliest = ops.first_largest(logits)
     is_random = sampling.temperature > 0
+    places = sampling.n_before + history.lengths
 
     def sample() -> tf.Tensor:
-        noise = gumbel(sampling.seeds, sampling.n_before + history.lengths, logits.shape[-1])
-        # Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax
-        drawn = ops.first_largest(filter_logits(logits, sampling, ops) + noise)
-        return tf.where(is_random, drawn, likeliest)
+        return tf.where(is_random, draw(logits, sampling, places, ops=ops), likeliest)
 
     return tf.cond(tf.reduce_any(is_random), sample, lambda: likeliest)
+
+
+@shared
+def draw(logits: tf.Tensor, sampling: Sampling, places: tf.Tensor, *, ops: Ops) -> tf.Tensor:
+    """Draws one id per row of what the filters leave, at places of texts: float32 (B, V), int32 (B,) -> int32 (B,)."""
+    noise = gumbel(sampling.seeds, places, logits.shape[-1])
+    # Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax
+    return ops.first_largest(filter_logits(logits, sampling, ops) + noise)
 
 
 def filter_logits(logits: tf.Tensor, sampling: Sampling, ops: Ops) -> tf.Tensor:

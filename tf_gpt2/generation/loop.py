@@ -161,7 +161,7 @@ def step(
     logits = network.logits(tf.reshape(hidden, (-1, network.config.n_embd)))  # (B*T, V)
 
     history = history_at(state, drafts, chosen_at, sampling)
-    chosen = choose(logits, repeat(sampling, n_fed), history, limits.stop_ids, network.ops)  # (B*T,)
+    chosen = choose(logits, repeat(sampling, n_fed), history, limits.stop_ids, ops=network.ops)  # (B*T,)
     log_total = tf.reduce_logsumexp(logits, axis=-1)  # (B*T,)
     logprobs = tf.gather(logits, chosen, batch_dims=1) - log_total
     state = write_top(state, logits, log_total, chosen_at)
