@@ -26,6 +26,7 @@ from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.formulas import KeyValues
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.network import network_of
+from tf_gpt2.runtime import kernels
 from tf_gpt2.text.generator import TextGenerator
 
 CONFIG = GPT2Config(n_vocab=23, n_ctx=72, n_embd=12, n_head=3, n_layer=1)
@@ -311,9 +312,23 @@ def test_the_loops_copy_neither_cache_nor_weight():
 
 @pytest.mark.parametrize("options", [{"quantization": "int8"}, {"dtype": "bfloat16"}, {"dtype": "mixed_bfloat16"}])
 @pytest.mark.parametrize("function", [lambda *a, **k: generate(a[0], [a[1]], **k), stream])
-def test_what_it_is_not_for_is_refused(options, function):
+def test_what_it_is_not_for_is_refused(options, function, monkeypatch):
+    monkeypatch.setenv(kernels.ENV_VAR, "xla")
     with pytest.raises(ValueError, match=r"^prompt_lookup must be False .* float32"):
         function(GPT2Model(CONFIG, **options), [1], prompt_lookup=True)
+
+
+@pytest.mark.skipif(not kernels.are_chosen(), reason="there are no native kernels")
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_integers_are_for_it_where_kernels_compute(quantization, runs):
+    """A pass over several tokens reads each weight once there."""
+    model = GPT2Model(CONFIG, quantization=quantization)
+    model.set_weights(repetitive_params())
+    found, wanted = (generate(model, [[9, 2, 6] * 3], max_new_tokens=60, prompt_lookup=on) for on in (True, False))
+    assert_same(found, wanted)
+    assert runs[0].n_passes < 50
+    with pytest.raises(ValueError, match="where XLA and native kernels compute"):
+        generate(model, PROMPTS, prompt_lookup=True, jit_compile=False)
 
 
 def test_a_small_model_does_without(model, runs, monkeypatch):

@@ -77,8 +77,8 @@ def generate(
             window, ``min_new_tokens`` and random numbers at the whole text.
         jit_compile: whether XLA compiles the loop: the first call for a shape takes seconds, the others are fast.
         prompt_lookup: guess the next tokens from what the text has said before, and check several at once: faster where
-            a text quotes its prompt or repeats itself, with the same ids; for float32 only, and neither with
-            ``top_logprobs`` nor with a window that slides. See ``lookup``.
+            a text quotes its prompt or repeats itself, with the same ids; for float32, and with native kernels
+            for int8 and int4; neither with ``top_logprobs`` nor with a window that slides. See ``lookup``.
         **options: how to choose, for all prompts or one value per prompt: ``temperature``, ``top_k``, ``top_p``,
             ``min_p``, ``typical_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``, ``seed``,
             ``no_repeat_ngram_size``, ``min_new_tokens``; for all ``logit_bias``, ``bad_words_ids``, ``suppress``.

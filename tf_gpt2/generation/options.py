@@ -21,6 +21,7 @@ from tf_gpt2.generation.choose import Sampling
 from tf_gpt2.generation.loop import Limits, bucket
 from tf_gpt2.generation.processors import EXCLUDED, Processing
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.runtime import kernels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -253,10 +254,12 @@ def check_lookup(model: GPT2Model, request: Request) -> None:
     """Raises ValueError where look-up is slower, could change tokens, or is not implemented."""
     if request.overflow == SLIDE or request.top_logprobs:
         raise ValueError("prompt_lookup must be False with top_logprobs and with overflow='slide'")
-    if model.quantization is not None or model.compute_dtype != "float32":
+    reads_weights_once = model.quantization is None or (request.jit_compile and kernels.are_chosen())
+    if model.compute_dtype != "float32" or not reads_weights_once:
         raise ValueError(
             f"prompt_lookup must be False for a model that computes in {model.compute_dtype} with "
-            f"quantization={model.quantization!r}: it pays only in float32, without quantization"
+            f"quantization={model.quantization!r}: it pays only in float32, and with quantization only where XLA and "
+            "native kernels compute (tf-gpt2 info tells)"
         )
 
 
