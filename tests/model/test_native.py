@@ -321,7 +321,7 @@ def test_xla_gets_what_the_library_computes_of_floats(n_rows):
 
 
 @needs_library
-@pytest.mark.parametrize("n_queries", [1, native.MOST_POSITIONS, native.MOST_POSITIONS + 1])
+@pytest.mark.parametrize("n_queries", [1, kernels.MOST_POSITIONS, kernels.MOST_POSITIONS + 1])
 def test_xla_gets_what_the_library_computes_of_attention(n_queries):
     assert not kernels.why_not_registered()
     q, k, v, mask = random_attention(6, n_queries, 24, 16, 6)
@@ -336,7 +336,7 @@ def test_xla_gets_what_the_library_computes_of_attention(n_queries):
     for one, wanted in zip(found, (weights, plain.weighted_sum(weights, tf.constant(v))), strict=True):
         np.testing.assert_allclose(one, wanted, atol=2e-5)
     hlo = attention.experimental_get_compiler_ir(q, k, v, mask)(stage="hlo")
-    is_ours = n_queries <= native.MOST_POSITIONS
+    is_ours = n_queries <= kernels.MOST_POSITIONS
     assert ("tf_gpt2_attention_weights_v1" in hlo, "tf_gpt2_weighted_sum_v1" in hlo) == (is_ours, is_ours)
     if is_ours:
         for one, ours in zip(found, attend(kernels.instruction_sets()[0], q, k, v, mask), strict=True):

@@ -97,7 +97,7 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def describe_machine() -> dict[str, str]:
-    """Returns what computes here: the processor, the kernels' instruction sets, and who multiplies for each dtype."""
+    """Returns what computes here: the processor, the kernels' instruction sets, and what computes for each dtype."""
     from tf_gpt2.runtime import kernels
 
     why_not = kernels.why_missing()
@@ -110,7 +110,9 @@ def describe_machine() -> dict[str, str]:
         used = "XLA's: the native kernels have no instruction set of this processor"
     else:
         used = f"native, {sets[0]}"
-    of_floats = f"{used}; of more than {kernels.MOST_FLOAT_ROWS} rows XLA's" if used.startswith("native") else used
+    is_native = used.startswith("native")
+    of_floats = f"{used}; of more than {kernels.MOST_FLOAT_ROWS} rows XLA's" if is_native else used
+    attention = f"{used}; of more than {kernels.MOST_POSITIONS} new positions, and in bfloat16, XLA's"
     return {
         "processor": kernels.processor(),
         "native kernels": ", ".join(sets) or "none",
@@ -118,4 +120,5 @@ def describe_machine() -> dict[str, str]:
         "  int8, int4": used,
         "  float32": of_floats,
         "  bfloat16": "XLA's",
+        "attention": attention if is_native else used,
     }

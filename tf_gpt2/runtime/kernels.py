@@ -17,6 +17,8 @@ ENV_VAR = "TF_GPT2_KERNELS"
 CHOICES = ("off", "xla", "native")
 MOST_FLOAT_ROWS = 16
 """The kernels multiply up to so many rows by floats; with more, XLA's products, of blocks of a matrix, catch up."""
+MOST_POSITIONS = 8
+"""The kernels compute attention of up to so many new positions of a row at a time."""
 PORTABLE = "portable"
 """The instruction set that every processor has, too slow to be chosen unasked."""
 BUILD = "install g++ 12 or newer, and then tf_gpt2 again by pip install --force-reinstall --no-cache-dir"

@@ -11,11 +11,8 @@ import tensorflow as tf
 
 from tf_gpt2.model.arithmetic import xla
 from tf_gpt2.model.weights import AnyMatrix, Int4Matrix, Int8Matrix
-from tf_gpt2.runtime.kernels import MOST_FLOAT_ROWS
+from tf_gpt2.runtime.kernels import MOST_FLOAT_ROWS, MOST_POSITIONS
 from tf_gpt2.runtime.tf_internals import call_foreign
-
-MOST_POSITIONS = 8
-"""Attention of up to so many new positions at a time is computed by kernels."""
 
 JIT_COMPILE, SORTS = xla.JIT_COMPILE, xla.SORTS
 
