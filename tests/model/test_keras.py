@@ -189,15 +189,15 @@ assert np.isfinite(model(ids)).all() and np.isfinite(tf.function(model)(ids)).al
 model.compile(keras.optimizers.Adam(), keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
 model.fit(ids, ids, verbose=0)
 generator = TextGenerator.from_checkpoint(sys.argv[1])
-print(generator.generate("To be", max_new_tokens=4))
-generator.generate(["To be", "or"], max_new_tokens=4, temperature=0.8)
+two = ["To be", "or"]  # as everywhere below: another number of rows is traced anew
+print(generator.generate(two, max_new_tokens=4)[0])
+generator.generate(two, max_new_tokens=4, temperature=0.8, prompt_lookup=True)
 filters = {"top_k": [0, 40], "top_p": [0.9, 1.0], "min_p": [0.0, 0.1], "typical_p": [0.5, 1.0]}
 bans = {"suppress": [5], "logit_bias": {7: -np.inf, 8: 2.0}, "bad_words_ids": [[1], [2, 3]], "no_repeat_ngram_size": 2}
 penalties = {"repetition_penalty": [1.5, 0.01], "presence_penalty": 1.0, "frequency_penalty": -1.0, "min_new_tokens": 2}
 for temperature in (0.0, 1e-30, 0.7, 1e30):
-    generator.generate(["To be", "or"], max_new_tokens=4, temperature=temperature, **filters, **bans, **penalties)
+    generator.generate(two, max_new_tokens=4, temperature=temperature, **filters, **bans, **penalties)
 generator.beam_search("To be", num_beams=3, max_new_tokens=4, num_return_sequences=2, length_penalty=-10.0)
-generator.generate("To be or not to be", max_new_tokens=4, prompt_lookup=True)
 generator.complete("To be", max_new_tokens=4, top_logprobs=3, num_samples=2, temperature=1.0, stop=["x"])
 generator.perplexity("To be or not to be")
 generator.score("To be")

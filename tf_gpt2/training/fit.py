@@ -193,7 +193,9 @@ class Run:
                     bar.say(self._sample(self._encoder))
                 if interrupted():
                     self._save()
+                    self._draw()
                     raise KeyboardInterrupt(f"saved at update {done} of {steps}; the same call goes on from there")
+        self._draw()
         self._take_best()
         self._step.wait_for_all()  # the first worker may remove the checkpoints behind this
         calls.on_train_end()
@@ -227,9 +229,13 @@ class Run:
         self._save()
         if self._writes and self._folder is not None:
             reports.write_table(self._folder / "log.csv", progress.lines)
-            reports.draw_losses(self._folder / "losses.png", progress.lines)
             reports.write_events(events, line)
         calls.on_epoch_end(len(progress.lines) - 1, {name: value for name, value in line.items() if name != "step"})
+
+    def _draw(self) -> None:
+        """Draws the losses so far; at the end, because a picture takes as long as many updates of a small model."""
+        if self._writes and self._folder is not None and self.progress.lines:
+            reports.draw_losses(self._folder / "losses.png", self.progress.lines)
 
     def _refuse_ruins(self, line: Mapping[str, float]) -> None:
         """Raises FloatingPointError when the last update has left weights that no checkpoint should have."""
