@@ -269,6 +269,7 @@ def traced(function: Any) -> Any:
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.__name__ = function.__name__
+    call.traced = function  # type: ignore[attr-defined]  # it alone holds the variables of its own
     return tf.function(call, input_signature=function.input_signature, autograph=False)
 
 
