@@ -2,7 +2,7 @@
 
 Continues prompts of one length in batches of several sizes, greedily and by drawing. Ids are compared first. The three
 ways, plain signatures, signatures that XLA compiles and ``TextGenerator``, take turns in each repetition; ratios are
-taken within it.
+taken within it. ``TextGenerator`` does without native kernels, which a stock server does not have.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --model_dir checkpoints/tiny checkpoints/124M
@@ -13,6 +13,7 @@ Needs a C++ compiler.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -28,6 +29,7 @@ from benchmarks.rounds import wait_until_quiet
 from tests.serving.loader import Loader, build
 from tf_gpt2 import TextGenerator, export_saved_model, generate
 from tf_gpt2.checkpoint.download import embedded_dir
+from tf_gpt2.runtime import kernels
 from tf_gpt2.serving.export import size_bytes
 from tf_gpt2.text.generator import DTYPES
 
@@ -45,6 +47,7 @@ Timed = Callable[[], tuple[list[list[int]], float]]
 
 def main() -> None:
     arguments = parse_arguments()
+    os.environ[kernels.ENV_VAR] = "xla"  # like is compared with like
     result: dict[str, Any] = {
         **start_report("serving", arguments, "n_tokens", "repetitions"),
         "versions": {"tensorflow": tf.__version__},

@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 from pathlib import Path
 
@@ -20,7 +21,11 @@ def generator():
 def exported(generator, tmp_path_factory):
     """The folder of one version of the embedded model, with its XLA twins; made once for all tests."""
     folder = tmp_path_factory.mktemp("export") / "gpt2"
-    return export_saved_model(generator, folder, max_new_tokens=MAX_NEW_TOKENS, xla=True)
+
+    def collect(_):
+        gc.collect()  # what the graphs still need must be held by something
+
+    return export_saved_model(generator, folder, max_new_tokens=MAX_NEW_TOKENS, xla=True, on_step=collect)
 
 
 @pytest.fixture(scope="session")
