@@ -17,7 +17,7 @@ BEAM := apache-beam-2.77
 SETUP := setup.cfg setup.py pyproject.toml $(wildcard tf_gpt2/runtime/native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help run check test test-only test-one test-serving test-peers test-jobs test-native-sanitized lint format types layers fuzz bench bench-store bench-peers docs build clean
+.PHONY: help run check test test-only test-one test-serving test-peers test-jobs test-native-sanitized test-native-arm lint format types layers fuzz bench bench-store bench-peers docs build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,11 @@ test-native-sanitized:  ## the native kernels under the address and undefined-be
 	$(CXX) -std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -pthread \
 	  tests/native/driver.cc -o build/native_sanitized
 	build/native_sanitized
+
+test-native-arm:  ## the native kernels of Arm in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user-static)
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -ffp-contract=off -Wno-psabi -static -pthread tests/native/driver.cc -o build/native_arm
+	qemu-aarch64-static -cpu max build/native_arm
 
 test-jobs: .venv/jobs.stamp  ## jobs on a Spark cluster of this machine (needs Java), and in Beam's local runner
 	$(BIN)/python -m pytest -rs --durations=5 tests/jobs/engines/test_spark.py
