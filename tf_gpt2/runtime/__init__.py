@@ -1,4 +1,4 @@
-"""Prepares the process that a model runs in: its compile cache and its memory. Importing it changes nothing."""
+"""Prepares the process that a model runs in: compile cache, memory, XLA. Importing it changes nothing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import functools
 
 @functools.cache
 def prepare_process() -> None:
-    """Switches the compile cache on, and makes TensorFlow return freed memory to the system; once per process.
+    """Switches the compile cache on, makes TensorFlow return freed memory, and XLA sum safely; once per process.
 
-    Called where a model is first made, read or compiled. TensorFlow reads these settings when it runs its first
-    operation or lists its devices: a program that does so before this call keeps TensorFlow's own settings.
+    Called where a model is first made, read or compiled. TensorFlow reads the first two settings when it runs its first
+    operation or lists its devices: a program that does so before this call keeps TensorFlow's own.
     """
-    from tf_gpt2.runtime import compile_cache, memory
+    from tf_gpt2.runtime import compile_cache, memory, xla_flags
 
     memory.give_memory_back()
     compile_cache.enable()
+    xla_flags.sum_without_ynnpack()

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tf_gpt2.runtime.xla_flags import OWN_SUMS
+
 try:
     import fcntl
 except ImportError:  # on Windows, which also lacks such owners and modes
@@ -234,11 +236,12 @@ def remove_unused(parent: Path) -> None:
 
 
 def machine_hash() -> str:
-    """Returns a hash of what compiled code depends on: the processor's model and features, and ``XLA_FLAGS``.
+    """Returns a hash of what compiled code depends on: the processor's model and features, and the flags of XLA.
 
     TensorFlow's names of entries do not tell with which flags they were compiled.
     """
-    description = platform.machine() + platform.processor() + os.environ.get("XLA_FLAGS", "")
+    flags = f"{OWN_SUMS} {os.environ.get('XLA_FLAGS', '')}"
+    description = platform.machine() + platform.processor() + flags
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         description += "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

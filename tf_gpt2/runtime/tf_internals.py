@@ -5,8 +5,10 @@ Each function names the test that fails when a new TensorFlow breaks it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +111,50 @@ def ffi_api() -> int | None:
 
     Test: ``tests/model/test_native.py``, ``test_xla_gets_what_the_library_computes``.
     """
-    path = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
-    try:
-        find = ctypes.CDLL(str(path))._ZN3xla3ffi12GetXlaFfiApiEv
-    except (OSError, AttributeError):
+    find = native_function("_ZN3xla3ffi12GetXlaFfiApiEv")
+    if find is None:
         return None
     find.restype = ctypes.c_void_p
     return find()
+
+
+def parse_xla_flags(flags: str) -> None:
+    """Sets flags of XLA for what is compiled from now on; does nothing where TensorFlow's library has another name.
+
+    ``XLA_FLAGS`` itself stays as it was: another program or library that reads it may not know these flags, and XLA
+    ends a process in which it finds an unknown one.
+
+    Test: ``tests/runtime/test_xla_flags.py``, ``test_large_sums_are_not_left_to_ynnpack``.
+    """
+    parse = native_function("_ZN3xla28ParseDebugOptionFlagsFromEnvEb")
+    if parse is None:
+        return
+    parse.argtypes = [ctypes.c_bool]  # whether to read the environment again
+    parse(False)  # the user's own, if nothing was compiled before
+    with environment_variable("XLA_FLAGS", flags):
+        parse(True)
+
+
+@contextlib.contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Sets a variable of the environment, and puts it back."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def native_function(name: str) -> Any:
+    """Returns a function of TensorFlow's library by its mangled name, or ``None`` where there is none."""
+    path = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
+    try:
+        return getattr(ctypes.CDLL(str(path)), name)
+    except (OSError, AttributeError):
+        return None
 
 
 def call_foreign(name: str, inputs: Sequence[tf.Tensor], shape: Sequence[int]) -> tf.Tensor:
