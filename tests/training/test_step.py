@@ -179,6 +179,22 @@ def test_updates_are_those_of_adamw_in_numpy():
         np.testing.assert_allclose(variable.numpy(), value, rtol=1e-5, atol=1e-6)
 
 
+MANY_SHAPES = """
+import logging, sys
+import tensorflow as tf
+from tf_gpt2.training.optimizer import LARGE, AdamW
+
+tf.get_logger().handlers = [logging.StreamHandler(sys.stdout)]
+variables = [tf.Variable(tf.zeros((LARGE // 64, 64 + i))) for i in range(6)]
+AdamW(variables, weight_decay=0.1).update(variables, scale=1.0, rate=0.1, number=0)
+print("updated")
+"""
+
+
+def test_a_new_shape_of_a_large_weight_is_no_reason_to_warn(run_python):
+    assert run_python(MANY_SHAPES) == "updated\n"
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     schedule = Schedule(learning_rate=1.0, warmup_steps=4, steps=24)
     assert [schedule.rate(i) for i in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

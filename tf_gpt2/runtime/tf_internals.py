@@ -68,6 +68,15 @@ def not_inlined(function: Callable[..., Any]) -> Any:
     return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
 
 
+def of_many_shapes(function: Any) -> Any:
+    """Keeps TensorFlow from warning that a ``tf.function`` is traced often: it is meant to be, once for each shape.
+
+    Test: ``tests/training/test_step.py``, ``test_a_new_shape_of_a_large_weight_is_no_reason_to_warn``.
+    """
+    function._omit_frequent_tracing_warning = True
+    return function
+
+
 def read_without_copy(variable: tf.Variable) -> tf.Tensor:
     """Reads a variable as a tensor that shares its memory, even after a gather from it has switched it to copy-on-read.
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_gpt2.runtime.tf_internals import of_many_shapes
+
 FINAL_SHARE = 0.1
 """The learning rate at the end, as a share of the highest. Source: nanoGPT, ``train.py``."""
 
@@ -83,7 +85,7 @@ class AdamW:
         self._decays = [weight_decay if len(variable.shape) > 1 else 0.0 for variable in self.variables]
         # one device: XLA makes one pass over a large variable's memory; many small ones it would compile for seconds
         is_alone = not tf.distribute.has_strategy()
-        update_large = tf.function(self._apply, jit_compile=is_alone, autograph=False)
+        update_large = of_many_shapes(tf.function(self._apply, jit_compile=is_alone, autograph=False))
         update_small = tf.function(self._apply, autograph=False)
         sizes = [variable.shape.num_elements() for variable in self.variables]
         small = [i for i, size in enumerate(sizes) if size < LARGE]
