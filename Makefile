@@ -76,7 +76,7 @@ types: .venv/test.stamp  ## static types
 layers: .venv/test.stamp  ## which module may import which
 	$(BIN)/lint-imports
 
-bench: .venv/test.stamp  ## measure, and say what got slower since the stored results of this kind of processor
+bench: .venv/test.stamp  ## measure, and say what got slower since the stored results (generation: of this kind of processor)
 	for name in tokenizer in_graph_tokenizer; do \
 	  $(BIN)/python -m benchmarks.$$name --output build/bench/$$name.json --against benchmarks/results/$$name.json || failed=1; \
 	done; \

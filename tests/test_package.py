@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -122,6 +123,8 @@ def test_the_wheel_holds_package_and_checkpoint_and_no_more(wheel):
     assert {f"tf_gpt2/explain/page.{ending}" for ending in ("css", "html", "js")} <= set(names)
     assert {f"tf_gpt2/{path.relative_to(ROOT)}" for path in (ROOT / "checkpoints" / "tiny").iterdir()} <= set(names)
     assert "tf_gpt2/py.typed" in names
+    if shutil.which("g++"):  # kernels are optional: without a compiler, or when it fails, there are none
+        assert [name for name in names if name.startswith("tf_gpt2/runtime/_kernels")]
     assert all(name.startswith(("tf_gpt2/", "tf_gpt2-")) for name in names)
 
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import random
-import resource
 import struct
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -99,6 +99,18 @@ def test_other_models_are_named(file):
         gguf.read_config(file)
 
 
+def test_hyperparameters_that_are_not_read_are_named(tmp_path):
+    def write(*entries):
+        gguf.write(tmp_path / "x.gguf", CONFIG, leaves(PARAMS), "float32", list(entries))
+        return tmp_path / "x.gguf"
+
+    repeated = [("gpt2.vocab_size", gguf.UINT32, 11), ("gpt2.attention.head_count_kv", gguf.UINT32, 2)]
+    assert gguf.read_config(write(("general.author", gguf.STRING, "me"), *repeated)) == CONFIG
+    for key, value in (("gpt2.rope.freq_base", 7), ("gpt2.vocab_size", 12), ("gpt2.attention.head_count_kv", 1)):
+        with pytest.raises(CheckpointError, match=rf"has {key}={value}, which tf_gpt2 does not know"):
+            gguf.read_config(write((key, gguf.UINT32, value)))
+
+
 def test_several_files_must_be_named(file):
     (file.parent / "other.gguf").write_bytes(b"")
     with pytest.raises(CheckpointError, match="must hold one file"):
@@ -128,7 +140,7 @@ def test_a_file_that_became_shorter_or_went_away(file):
 def test_damaged_files_are_read_or_refused_and_never_allocate_what_they_claim(file):
     whole, rng = file.read_bytes(), random.Random(3)
     n_lists = whole.index(b"output_norm.bias") + 100
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
     n_refused = 0
     for _ in range(800):
         body = bytearray(whole)
@@ -141,4 +153,6 @@ def test_damaged_files_are_read_or_refused_and_never_allocate_what_they_claim(fi
         except CheckpointError:
             n_refused += 1
     assert n_refused > 500
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 * len(whole) + 2_000_000

@@ -9,7 +9,9 @@ import time
 import pytest
 
 from tf_gpt2 import cli
+from tf_gpt2.cli.files import describe_machine
 from tf_gpt2.cli.options import SAMPLING_FLAGS
+from tf_gpt2.runtime import kernels
 
 TINY = ["--model_size", "tiny"]
 
@@ -178,6 +180,30 @@ def test_info_lists_all_sizes(capfdbinary, tmp_path):
         assert word in table
     sizes = table.partition("\n\n")[0].splitlines()
     assert [line.split()[-1] for line in sizes] == ["here", "yes", "no", "no", "no", "no"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "why_missing", "sets", "products", "attention"),
+    [
+        ("", "", ("avx2", "portable"), "native, avx2", "native, avx2; of more than 8 new positions"),
+        ("native", "", ("portable",), "native, portable", "native, portable; of more"),
+        ("", "", ("portable",), "XLA's: the native kernels have no instruction set", "XLA's: the native kernels have"),
+        ("xla", "", ("avx2", "portable"), "XLA's, as TF_GPT2_KERNELS=xla demands", "XLA's, as TF_GPT2"),
+        ("", "no compiler", (), "XLA's, which are slower: no compiler", "XLA's, which are slower"),
+        ("native", "no compiler", (), "none: TF_GPT2_KERNELS=native demands the kernels, and no compiler", "none"),
+    ],
+)
+def test_info_tells_what_computes(choice, why_missing, sets, products, attention, monkeypatch):
+    monkeypatch.setenv(kernels.ENV_VAR, choice)
+    monkeypatch.setattr(kernels, "why_missing", lambda: why_missing)
+    monkeypatch.setattr(kernels, "instruction_sets", lambda: sets)
+    machine = describe_machine()
+    assert machine["processor"]
+    assert machine["native kernels"] == (", ".join(sets) or "none")
+    assert machine["  int8, int4"].startswith(products)
+    assert machine["  float32"].startswith(products)
+    assert machine["  bfloat16"] == "XLA's"
+    assert machine["attention"].startswith(attention)
 
 
 def test_download_offline_names_the_way_out(folder, monkeypatch, capsys):

@@ -41,10 +41,19 @@ def test_probabilities_and_ranks_are_the_references(generator):
 def test_ranks_of_equals_go_by_id(generator):
     from tf_gpt2.explain.explanation import explain_token
 
-    logprobs = np.log(np.array([0.1, 0.3, 0.3, 0.3], np.float32))
+    logprobs = np.log(np.array([0.1, 0.3, 0.3, 0.3] + [1e-9] * 1020, np.float32))
     tokens = [explain_token(generator.encoder, i, logprobs) for i in range(4)]
     assert [token.rank for token in tokens] == [4, 1, 2, 3]
-    assert [c.id for c in tokens[0].likeliest] == [1, 2, 3, 0]
+    assert [c.id for c in tokens[0].likeliest] == [1, 2, 3, 0, 4]
+
+
+def test_ids_that_stand_for_no_token_are_no_candidates(generator):
+    from tf_gpt2.explain.explanation import explain_token
+
+    logprobs = np.zeros(1100, np.float32)  # the embedded vocabulary has 1024 tokens
+    logprobs[[1030, 7, 1099]] = 2.0, 1.0, 3.0
+    token = explain_token(generator.encoder, 7, logprobs)
+    assert [candidate.id for candidate in token.likeliest] == [7, 0, 1, 2, 3]
 
 
 def test_the_first_token_is_context_where_no_end_of_text_is(generator, monkeypatch):

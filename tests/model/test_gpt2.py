@@ -200,6 +200,17 @@ def test_from_checkpoint_refuses_what_is_not_whole(tmp_path):
         GPT2Model.from_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"quantization": "int4"}])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("path", ["wte", "blocks/1/mlp/c_fc/w", "blocks/0/ln_1/g"])
+def test_from_checkpoint_refuses_what_is_no_number(path, value, options, tmp_path):
+    params = lively_params(TINY)
+    dict(leaves(params))[path].flat[-1] = value
+    save_gpt2_params_to_tf_ckpt(params, TINY.to_hparams(), tmp_path)
+    with pytest.raises(CheckpointError, match=f"holds NaN or infinity in {path}: "):
+        GPT2Model.from_checkpoint(tmp_path, **options)
+
+
 # ---- training
 
 

@@ -8,9 +8,13 @@ from reference import lively_params
 from tf_gpt2 import GPT2Config, GPT2Model, beam_search, generate
 from tf_gpt2.generation.scoring import score
 from tf_gpt2.model.layers import MLP
+from tf_gpt2.training import NextTokenLoss
+from tf_gpt2.training.optimizer import Schedule
+from tf_gpt2.training.step import StepOptions, TrainingStep
 
 CONFIG = GPT2Config(n_vocab=53, n_ctx=24, n_embd=12, n_head=3, n_layer=4)
 IDS = np.array([[3, 1, 4], [1, 5, 9]])
+SCHEDULE = Schedule(learning_rate=1.0, warmup_steps=0, steps=1)
 
 
 def make_model(kind=GPT2Model):
@@ -79,10 +83,19 @@ CHANGES = {
     "the model": (lambda model: setattr(model, "__class__", Halved), "model"),
 }
 
+SETTINGS = {
+    "blocks/1/mlp has activation='relu'": lambda model: setattr(model.blocks[1].mlp, "activation", "relu"),
+    "blocks/3/attn has n_head=2": lambda model: setattr(model.blocks[3].attn, "n_head", 2),
+    "blocks/0/attn has score_divisor=2.0": lambda model: setattr(model.blocks[0].attn, "score_divisor", 2.0),
+    "blocks/2/ln_1 has epsilon=0.1": lambda model: setattr(model.blocks[2].ln_1, "epsilon", 0.1),
+    "ln_f has epsilon=0.1": lambda model: setattr(model.ln_f, "epsilon", 0.1),
+}
+
 USES = {
     "generate": lambda model: generate(model, IDS.tolist(), max_new_tokens=2, jit_compile=False),
     "score": lambda model: score(model, IDS.tolist(), jit_compile=False),
     "beam_search": lambda model: beam_search(model, IDS.tolist(), max_new_tokens=2, jit_compile=False),
+    "training": lambda model: TrainingStep(model, StepOptions(schedule=SCHEDULE)),
 }
 
 
@@ -97,6 +110,29 @@ def test_what_someone_has_changed_counts_or_is_refused_by_name(change, path):
     for use in USES.values():
         with pytest.raises(ValueError, match=f"{path} has been replaced or changed"):
             use(model)
+
+
+@pytest.mark.parametrize("message", SETTINGS)
+def test_settings_that_are_not_the_configs_are_refused_by_name(message):
+    model = make_model()
+    before = model(IDS).numpy()
+    SETTINGS[message](model)
+    assert np.abs(model(IDS).numpy() - before).max() > 1e-3
+    for use in USES.values():
+        with pytest.raises(ValueError, match=f"{message} and the model's config "):
+            use(model)
+
+
+def test_a_changed_layer_counts_in_fit():
+    losses = []
+    for change in (lambda model: None, lambda model: halve(model.blocks[2].mlp)):
+        model = make_model()
+        change(model)
+        model.compile(keras.optimizers.SGD(0.0), NextTokenLoss(), jit_compile=False)
+        losses += model.fit(IDS[:, :-1], IDS[:, 1:], verbose=0).history["loss"]
+        logits = model(IDS[:, :-1])
+        assert losses[-1] == pytest.approx(float(NextTokenLoss()(IDS[:, 1:], logits)), rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_a_model_with_its_own_training_generates():

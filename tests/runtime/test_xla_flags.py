@@ -34,6 +34,35 @@ def test_the_users_flags_of_xla_stay(flags, is_left, run_python, monkeypatch):
     assert run_python(SUMS.replace("PREPARES_FIRST", "True")) == f"{is_left} {is_left} {flags}\n"
 
 
+def test_a_file_of_flags_counts(run_python, monkeypatch, tmp_path):
+    (tmp_path / "flags").write_text(f"{FLAG}=+reduce\n")
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    assert run_python(SUMS.replace("PREPARES_FIRST", "True")) == f"True True {tmp_path / 'flags'}\n"
+
+
+MANY = """
+import os, sys, threading
+import tensorflow as tf
+from tf_gpt2 import runtime
+
+sys.setswitchinterval(1e-6)
+for _ in range(300):
+    runtime.prepare_once.cache_clear()
+    threads = [threading.Thread(target=runtime.prepare_process) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+print(os.environ.get("XLA_FLAGS"))
+"""
+
+
+def test_threads_that_prepare_together_leave_the_environment(run_python, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("TF_GPT2_COMPILE_CACHE", "off")
+    assert run_python(MANY) == "None\n"
+
+
 CRASH = """
 import threading
 import tensorflow as tf

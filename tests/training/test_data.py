@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tf_gpt2 import Encoder
+from tf_gpt2.checkpoint import vocabulary
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.training import DataError, data, text_dataset
 
@@ -60,6 +61,15 @@ def test_bins_of_nanogpt_and_llm_c(tmp_path):
     (ids + 1024).tofile(tmp_path / "nano.bin")
     with pytest.raises(DataError, match="is it this model's"):
         all_ids(tmp_path / "nano.bin")
+
+
+def test_a_vocabulary_may_have_gaps(tmp_path):
+    np.array([5, 1500], np.uint16).tofile(tmp_path / "a.bin")
+    encoder = Encoder(ENCODER.encoder, vocabulary.merges_of(ENCODER), special_tokens={"<|user|>": 1500})
+    assert data.read_ids(tmp_path / "a.bin", encoder).read(0, 2).tolist() == [5, 1500]
+    np.array([5, 1501], np.uint16).tofile(tmp_path / "a.bin")
+    with pytest.raises(DataError, match="has the id 1501, and the vocabulary ids below 1501"):
+        data.read_ids(tmp_path / "a.bin", encoder)
 
 
 @settings(max_examples=60, deadline=None)

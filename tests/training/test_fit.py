@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import keras
@@ -23,6 +24,7 @@ from tf_gpt2.training import data, finetune, state
 from tf_gpt2.training.losses import NextTokenLoss
 
 CONFIG = GPT2Config(n_vocab=53, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
+SAVE_EVERY = 3  # of the program
 PROGRAM = Path(__file__).with_name("interrupted.py")
 IDS = data.Ids([np.random.default_rng(0).integers(0, 53, 200).astype(np.uint16)])
 
@@ -235,15 +237,23 @@ def finished(process):
 
 
 @pytest.mark.parametrize(
-    ("rank", "stops"), [(0, (signal.SIGKILL, signal.SIGINT)), (2, (signal.SIGKILL,))], ids=["all weights", "lora"]
+    ("rank", "dtype", "stops"),
+    [
+        (0, "float32", (signal.SIGKILL, signal.SIGINT)),
+        (0, "bfloat16", (signal.SIGKILL,)),
+        (2, "float32", (signal.SIGKILL,)),
+        (2, "int4", (signal.SIGKILL,)),
+    ],
 )
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, rank, stops):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, rank, dtype, stops):
     """Killed at random places, then ended by Ctrl-C, then finished: losses and weights are bit for bit those."""
-    whole = finished(run_program(tmp_path / "whole", rank))
-    rng, losses = random.Random(), {}
+    whole = finished(run_program(tmp_path / "whole", rank, dtype))
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng, n_updates = random.Random(seed), 0
     for stop in stops:
-        process = run_program(tmp_path / "cut", rank)
-        n_lines = rng.randrange(4, 12)
+        process = run_program(tmp_path / "cut", rank, dtype)
+        n_lines = rng.randrange(0, 16)
         for i, line in enumerate(process.stdout):  # noqa: B007
             if i == n_lines:
                 time.sleep(rng.random() * 0.01)
@@ -252,14 +262,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, rank, stops):
         _, errors = process.communicate(timeout=100)
         assert "saved at update" in errors or stop == signal.SIGKILL or process.returncode == 0
         kept = state.checkpoints(tmp_path / "cut" / "training")
-        assert 1 <= len(kept) <= state.KEPT
+        assert len(kept) <= state.KEPT
         assert i == n_lines
         assert line.startswith("loss")
-    rest = finished(run_program(tmp_path / "cut", rank))
-    assert rest[-2:] == whole[-2:]
+        n_updates += i + 1  # made at least
+        n_kept = int(kept[0].name.removeprefix("step-")) if kept else 0
+        assert n_kept >= n_updates - SAVE_EVERY
+        n_updates = n_kept
+    rest = finished(run_program(tmp_path / "cut", rank, dtype))
+    assert rest[-3:] == whole[-3:]
     losses = [line for line in rest if line.startswith("loss")]
     assert losses == [line for line in whole if line.startswith("loss")][-len(losses) :]
-    assert 0 < len(losses) < 40
+    assert len(losses) == 40 - n_updates
 
 
 def test_other_options_are_refused_by_name(tmp_path):
@@ -272,6 +286,43 @@ def test_other_options_are_refused_by_name(tmp_path):
     larger = GPT2Model(GPT2Config(n_vocab=53, n_ctx=8, n_embd=16, n_head=2, n_layer=2))
     with pytest.raises(CheckpointError, match="n_embd=16, began with 8"):
         train(larger, out=tmp_path, steps=4)
+
+
+def test_another_dataset_and_other_frozen_weights_are_refused_by_name(tmp_path):
+    def model_with(alpha=4.0, targets=("c_attn",), bias=0.0):
+        model = make_model()
+        model.ln_f.b.assign_add([bias] * 8)
+        model.enable_lora(2, alpha=alpha, targets=targets)
+        return model
+
+    held_out = data.held_out_windows(IDS.part(0, 40), n_ctx=8, batch_size=2)
+    train(model_with(), out=tmp_path, steps=4, validation=held_out)
+    with pytest.raises(
+        CheckpointError, match=r"lora={'rank': 2, 'alpha': 8\.0, .*began with {'rank': 2, 'alpha': 4\.0"
+    ):
+        train(model_with(alpha=8.0), out=tmp_path, steps=4, validation=held_out)
+    with pytest.raises(CheckpointError, match="other options: frozen_weights='"):
+        train(model_with(bias=1.0), out=tmp_path, steps=4, validation=held_out)
+    with pytest.raises(CheckpointError, match="other options: first_held_out_batch=None, began with '"):
+        train(model_with(), out=tmp_path, steps=4)
+    other = data.shuffled_windows(IDS, n_ctx=8, batch_size=2, seed=1)
+    with pytest.raises(CheckpointError, match="other options: first_batch='"):
+        finetune(model_with(), other, validation=held_out, out=tmp_path, steps=4, save_every=4, progress=False)
+
+
+def test_arrays_are_written_one_at_a_time(tmp_path):
+    made = []
+
+    def arrays():
+        for i in range(3):
+            assert all(reference() is None for reference in made[:-1])  # the last one is still the loop's
+            array = np.full((i, 2), i, np.float32)
+            made.append(weakref.ref(array))
+            yield array
+            del array
+
+    state.write_arrays(tmp_path / "arrays.npz", arrays())
+    assert [array.tolist() for array in state.read_arrays(tmp_path / "arrays.npz")] == [[], [[1, 1]], [[2, 2]] * 2]
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
@@ -299,11 +350,11 @@ def test_whatever_stands_in_a_damaged_checkpoint(tmp_path, name, content):
 
 
 def test_arrays_that_do_not_fit_the_disk_leave_nothing(tmp_path, monkeypatch):
-    def fail(file, *_):
+    def fail(file, *_, **__):
         file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(np.lib.format, "write_array", fail)
     with pytest.raises(OSError, match="No space left"):
         state.write_arrays(tmp_path / "arrays.npz", [np.ones(3)])
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """From a text file to a folder that generates: the whole way, by Python, the command line, and several workers."""
 
+import json
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 import tf_gpt2
-from tf_gpt2 import CheckpointError, GPT2Config, TextGenerator, cli, save_gpt2_params_to_tf_ckpt
+from tf_gpt2 import CheckpointError, Encoder, GPT2Config, TextGenerator, cli, save_gpt2_params_to_tf_ckpt
 from tf_gpt2.checkpoint.download import embedded_dir
 from tf_gpt2.checkpoint.params import random_params
 from tf_gpt2.training.from_text import Recipe, finetune_text
@@ -76,6 +77,17 @@ def test_the_result_is_a_folder_that_loads(base, text, tmp_path, options):
         assert cli.main([*words, "--max_new_tokens=2", "The"]) == 0
     with pytest.raises(CheckpointError, match="holds a model already"):
         finetune_text(base, out, Recipe(text=[text], **SHORT, **options), progress=False)
+
+
+@pytest.mark.parametrize("format", ["huggingface", "gguf", "keras"])
+def test_a_model_in_another_format_is_tuned(base, text, tmp_path, format):
+    model, encoder = tf_gpt2.load(base)
+    tf_gpt2.save(model, encoder, tmp_path / "base", format=format)
+    losses = [
+        finetune_text(folder, tmp_path / out, Recipe(text=[text], **SHORT), progress=False)["loss"]
+        for folder, out in ((base, "tuned"), (tmp_path / "base", "tuned_of_other"))
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_an_export_takes_an_adapter(base, tmp_path):
@@ -148,6 +160,30 @@ def test_the_command_trains_and_says_how_to_go_on(base, text, tmp_path, capfd):
     assert line.endswith('"Once"')
 
 
+def test_the_command_takes_all_that_it_names(base, tmp_path, capfd):
+    lines = [json.dumps({"body": f"{line}\n"}) for line in TEXT.splitlines()]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "other.txt").write_text(TEXT[:300], encoding="utf-8")
+    out = tmp_path / "mine"
+    command = (
+        f"finetune --text {tmp_path / 'texts'} --field body --validation {tmp_path / 'other.txt'} --out {out} "
+        f"--epochs 1 --batch_size 8 --length 16 --warmup_steps 2 --weight_decay 0 --accumulate 1 --dropout 0.1 "
+        f"--dtype int4 --lora_rank 2 --lora_alpha 8 --lora_targets c_attn mlp.c_proj --save_every 3 "
+        f"--sample_every 4 --seed 7 --learning_rate 0.001 --remat"
+    )
+    assert cli.main([*shlex.split(command), *named(base)]) == 0
+    shown = capfd.readouterr().err
+    encoder = Encoder.from_files(base)
+    n_tokens = sum(len(encoder.encode(json.loads(line)["body"])) + 1 for line in lines)
+    n_updates = -(-(n_tokens // 16) // 8)  # none is held out: the other file is
+    steps = [line.split(",")[0] for line in (out / "training" / "log.csv").read_text().splitlines()[1:]]
+    assert [int(step) for step in steps] == [*range(3, n_updates, 3), n_updates]
+    assert shown.count("sample: ") == n_updates // 4
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 8, ["c_attn", "mlp.c_proj"])
+
+
 def test_ctrl_c_says_how_to_go_on_and_another_option_is_refused(base, text, tmp_path):
     command = [sys.executable, "-m", "tf_gpt2", *arguments(base, text, tmp_path / "mine", "--dropout=0.1")]
     command = [part.replace("--steps=12", "--steps=4000") for part in command]
@@ -170,6 +206,19 @@ def wait_for(condition, process, seconds=90):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() - start < seconds
         time.sleep(0.05)
+
+
+def test_the_example_trains_a_model_with_a_vocabulary_of_its_own(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    program = Path(__file__).parents[2] / "examples" / "train_checkpoint.py"
+    sizes = "--n_vocab 270 --n_ctx 16 --n_embd 8 --n_head 2 --n_layer 1 --batch_size 2 --steps 4 --save_every 2"
+    command = [sys.executable, program, "--text", tmp_path / "text.txt", "--out", tmp_path / "out", *sizes.split()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"held-out loss \d\.\d+ bits per byte", result.stdout)
+    model, encoder = tf_gpt2.load(tmp_path / "out")
+    assert (model.config.n_vocab, model.config.n_layer, len(encoder)) == (270, 1, 270)
 
 
 # ---- several workers

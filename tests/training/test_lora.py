@@ -14,7 +14,11 @@ from safetensors.numpy import load_file, save_file
 from tf_gpt2 import CheckpointError, Encoder, GPT2Config, GPT2Model, TextGenerator, generate
 from tf_gpt2.checkpoint.params import leaves
 from tf_gpt2.generation.scoring import score
+from tf_gpt2.model.lora import linears
 from tf_gpt2.training import NextTokenLoss, finetune, load_lora, save_lora
+from tf_gpt2.training.fit import as_batch
+from tf_gpt2.training.optimizer import Schedule
+from tf_gpt2.training.step import StepOptions, TrainingStep
 
 CONFIG = GPT2Config(n_vocab=61, n_ctx=12, n_embd=12, n_head=3, n_layer=2)
 IDS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
@@ -52,6 +56,40 @@ def test_only_the_additions_train(dtype):
     assert losses[-1] < 0.7 * losses[0]
     for variable, old in zip(model.variables, before, strict=True):
         assert (id(variable) in trained) != np.array_equal(np.asarray(variable.value), old)
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({}, 1e-4),
+        ({"quantization": "int8"}, 1e-4),
+        ({"quantization": "int4"}, 1e-4),
+        ({"dtype": "mixed_bfloat16"}, 0.1),
+    ],
+)
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_are_those_of_the_sum(options, bound, remat):
+    """By TensorFlow's own gradients G of a float32 model that holds the sum: those of a and b are s b' G and s G a'."""
+    model = make_model(ALL, **options)
+    wide = GPT2Model(CONFIG)
+    wide.set_weights(model.get_params())
+    with tf.GradientTape() as tape:
+        logits = wide(IDS[:, :-1])
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(IDS[:, 1:], logits))
+    layers = dict(linears(wide, model.lora.places))
+    wanted = dict(zip(layers, tape.gradient(loss, [layer.w.value for layer in layers.values()]), strict=True))
+    step = TrainingStep(model, StepOptions(schedule=Schedule(learning_rate=1.0, warmup_steps=0, steps=1), remat=remat))
+    found_loss, gradients = step.gradients(as_batch([IDS[None, :, :-1], IDS[None, :, 1:]]), 0)
+    found = dict(zip([variable.path for variable in model.trainable_variables], gradients, strict=True))
+    assert found_loss == pytest.approx(float(loss), rel=bound)
+    for name, layer in linears(model, model.lora.places):
+        whole, scale = wanted[name].numpy(), 3 / 2
+        for part, gradient in (
+            (layer.lora_a, scale * layer.lora_b.numpy().T @ whole),
+            (layer.lora_b, scale * whole @ layer.lora_a.numpy().T),
+        ):
+            error = np.abs(found[part.path] - gradient).max()
+            assert error <= bound * np.abs(gradient).max(), name
 
 
 def test_merging_changes_only_where_the_numbers_are():
@@ -177,6 +215,17 @@ def test_an_adapter_comes_back_from_its_folder(tmp_path, targets):
     assert other.lora.places == model.lora.places
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == ("LORA", 2, 3, True)
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], r"h\.\d+\.attn\.c_attn", ["h.0.attn.c_attn", "h.1.attn.c_attn"]])
+def test_an_adapter_of_the_model_without_a_head_is_read(adapter, targets):
+    """As PEFT makes it of ``GPT2Model``, whose matrices' names do not begin with ``transformer``."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({k.replace(".transformer.", "."): v for k, v in weights.items()}, adapter / "adapter_model.safetensors")
+    change_config(adapter, target_modules=targets)
+    model = make_model()
+    load_lora(model, adapter)
+    np.testing.assert_array_equal(model(IDS), make_model(("c_attn",))(IDS))
 
 
 @pytest.fixture

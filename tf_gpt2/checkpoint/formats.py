@@ -110,7 +110,7 @@ def recognize(path: str | Path) -> tuple[str, Path]:
 
 @functools.cache
 def tell_of_several(folder: Path, found: tuple[str, ...]) -> None:
-    """Says, once, which of several formats is taken."""
+    """Logs, once, which of several formats is taken."""
     choices = ", ".join(str(folder / FORMATS[name].file) for name in found)
     holds = "%s holds a model as %s; takes %s; to choose, name a file: %s"
     logger.warning(holds, folder, ", ".join(found), found[0], choices)

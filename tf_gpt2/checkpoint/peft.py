@@ -23,7 +23,9 @@ from tf_gpt2.config import read_text
 from tf_gpt2.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model.transformer."
+PREFIX = "base_model.model."
+ROOTS = ("transformer.", "")
+"""What a matrix's name begins with in ``GPT2LMHeadModel``, and in ``GPT2Model``."""
 MOST_CONFIG_BYTES = 1 << 20
 
 READ = ("r", "lora_alpha", "target_modules", "use_rslora")
@@ -81,8 +83,8 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, base: str | None = No
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, (a, b) in adapter.pairs.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b
+        tensors[f"{PREFIX}{ROOTS[0]}{name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{ROOTS[0]}{name}.lora_B.weight"] = b
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -125,9 +127,11 @@ def read_adapter(folder: str | Path, names: Sequence[str]) -> Adapter:
     folder = Path(folder)
     config = read_config(folder / CONFIG)
     rank, alpha = number_in(config, "r", int, folder), number_in(config, "lora_alpha", (int, float), folder)
-    targets, adapted = resolve_targets(config.get("target_modules"), names, folder)
-    keys = {name: [f"{PREFIX}{name}.lora_{half}.weight" for half in "AB"] for name in adapted}
-    check_keys(folder, [key for pair in keys.values() for key in pair], read_dtypes(folder / WEIGHTS))
+    found = read_dtypes(folder / WEIGHTS)
+    root = ROOTS[1] if any(key.startswith(f"{PREFIX}h.") for key in found) else ROOTS[0]
+    targets, adapted = resolve_targets(config.get("target_modules"), names, folder, root)
+    keys = {name: [f"{PREFIX}{root}{name}.lora_{half}.weight" for half in "AB"] for name in adapted}
+    check_keys(folder, [key for pair in keys.values() for key in pair], found)
     tensors, pairs = read_tensors(folder / WEIGHTS), {}
     for name, (key_a, key_b) in keys.items():
         a, b = tensors[key_a], tensors[key_b]
@@ -172,18 +176,18 @@ def number_in(config: Mapping[str, Any], key: str, kind: Any, folder: Path) -> A
     return value
 
 
-def resolve_targets(targets: Any, names: Sequence[str], folder: Path) -> tuple[list[str], list[str]]:
+def resolve_targets(targets: Any, names: Sequence[str], folder: Path, root: str) -> tuple[list[str], list[str]]:
     """Returns the places of a block, such as ``"attn.c_attn"``, and the matrices that PEFT's ``target_modules`` names.
 
-    A list has whole names or ends of names, a string is a pattern for whole names, or ``"all-linear"``. Each block must
-    have the same.
+    A list has whole names or ends of names, a string is a pattern for whole names, or ``"all-linear"``. Whole names
+    begin with ``root``. Each block must have the same.
     """
     if isinstance(targets, str):
-        adapted = [name for name in names if matches(targets, f"transformer.{name}", folder)]
+        adapted = [name for name in names if matches(targets, root + name, folder)]
         unknown = []
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        adapted = [name for name in names if any(is_named(name, target) for target in targets)]
-        unknown = [target for target in targets if not any(is_named(name, target) for name in names)]
+        adapted = [name for name in names if any(is_named(root + name, target) for target in targets)]
+        unknown = [target for target in targets if not any(is_named(root + name, target) for name in names)]
     else:
         adapted, unknown = [], []
     places = sorted({place_of(name) for name in adapted})
@@ -205,7 +209,7 @@ def matches(pattern: str, name: str, folder: Path) -> bool:
 
 def is_named(name: str, target: str) -> bool:
     """Whether a target is a matrix's whole name in Hugging Face's model, or the end of it."""
-    return f".transformer.{name}".endswith(f".{target}")
+    return f".{name}".endswith(f".{target}")
 
 
 def place_of(name: str) -> str:

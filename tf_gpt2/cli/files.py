@@ -104,6 +104,8 @@ def describe_machine() -> dict[str, str]:
     sets = kernels.instruction_sets()
     if kernels.chosen() in ("off", "xla"):
         used = f"XLA's, as {kernels.ENV_VAR}={kernels.chosen()} demands"
+    elif why_not and kernels.chosen() == "native":
+        used = f"none: {kernels.ENV_VAR}=native demands the kernels, and {why_not}"
     elif why_not:
         used = f"XLA's, which are slower: {why_not}"
     elif sets[0] == kernels.PORTABLE and kernels.chosen() != "native":
@@ -112,7 +114,7 @@ def describe_machine() -> dict[str, str]:
         used = f"native, {sets[0]}"
     is_native = used.startswith("native")
     of_floats = f"{used}; of more than {kernels.MOST_FLOAT_ROWS} rows XLA's" if is_native else used
-    attention = f"{used}; of more than {kernels.MOST_POSITIONS} new positions, and in bfloat16, XLA's"
+    attention = f"{used}; of more than {kernels.MOST_POSITIONS} new positions, and without a cache, XLA's"
     return {
         "processor": kernels.processor(),
         "native kernels": ", ".join(sets) or "none",

@@ -125,7 +125,8 @@ def explain_token(encoder: Encoder, token_id: int, logprobs: np.ndarray) -> Expl
     """Ranks one token among all, given their log-probabilities, (V,)."""
     logprob = logprobs[token_id]
     n_before = np.count_nonzero(logprobs > logprob) + np.count_nonzero(logprobs[:token_id] == logprob)
-    likeliest = np.argsort(-logprobs, kind="stable")[:N_ALTERNATIVES].tolist()
+    ids = np.array(sorted(encoder.decoder))  # the model may have ids that stand for no token
+    likeliest = ids[np.argsort(-logprobs[ids], kind="stable")[:N_ALTERNATIVES]].tolist()
     return ExplainedToken(
         label=visible(encoder.decode_bytes([token_id])),
         id=token_id,

@@ -68,7 +68,11 @@ def shared(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
 
     @functools.wraps(function)
     def call(*tensors: Any, ops: Any) -> tf.Tensor:
-        return function(*tensors, ops=ops) if tf.executing_eagerly() else graph_for(ops)(*tensors)
+        if tf.executing_eagerly():
+            return function(*tensors, ops=ops)
+        ids = graph_for(ops)(*tensors)
+        ids.set_shape(tensors[0].shape[:1])  # TensorFlow may take a graph that was made for any number of rows
+        return ids
 
     return call
 

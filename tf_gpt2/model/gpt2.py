@@ -17,7 +17,7 @@ import tensorflow as tf
 from tf_gpt2.checkpoint.formats import open_weights
 from tf_gpt2.checkpoint.params import Tree, leaves
 from tf_gpt2.config import GPT2Config
-from tf_gpt2.errors import ContextLengthError
+from tf_gpt2.errors import CheckpointError, ContextLengthError
 from tf_gpt2.model import formulas, lora
 from tf_gpt2.model.arithmetic import plain
 from tf_gpt2.model.arithmetic.shapes import shape_of
@@ -119,7 +119,7 @@ class GPT2Model(ParamTree, keras.Model):
             **kwargs: as for the constructor.
 
         Raises:
-            CheckpointError: when the folder is not a complete GPT-2 checkpoint.
+            CheckpointError: when the folder is not a complete GPT-2 checkpoint, or holds NaN or infinity.
         """
         config, variables = open_weights(folder)
         with blank_weights():
@@ -127,6 +127,11 @@ class GPT2Model(ParamTree, keras.Model):
         targets = dict(leaves(model.leaf_tree()))
         for path, array in variables:
             targets[path].write(array)
+            if not targets[path].is_finite():
+                raise CheckpointError(
+                    f"{folder} holds NaN or infinity in {path}: its training has failed, or the file is damaged; "
+                    f"load_encoder_hparams_and_params reads it as it is"
+                )
         return model
 
     def leaf_tree(self) -> Tree:

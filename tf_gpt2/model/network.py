@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -21,6 +21,12 @@ from tf_gpt2.model.param_tree import parts_of
 OWN_LAYERS = {GPT2Model, Block, CausalSelfAttention, MLP, LayerNorm, Linear, keras.layers.Dropout}
 FORMULAS = ("call", "hidden_states", "logits", "token_embeddings")
 """Methods that decide what a model computes; a subclass may override any other method."""
+SETTINGS: dict[type, Callable[[GPT2Config, int], dict[str, Any]]] = {
+    LayerNorm: lambda config, _: {"epsilon": config.layer_norm_epsilon},
+    CausalSelfAttention: lambda config, i: {"n_head": config.n_head, "score_divisor": config.score_divisor(i)},
+    MLP: lambda config, _: {"activation": config.activation},
+}
+"""What the formulas take from the config for each kind of layer in a block, by the block's number."""
 WRAPPED_BY_KERAS = {"build", "quantize"}
 """Methods that Keras stores as attributes of each layer instance."""
 
@@ -96,6 +102,7 @@ def weights_of(model: GPT2Model) -> Weights:
     """
     for path, layer in [("model", model), *parts_of(model)]:
         check_own(path, layer, model.compute_dtype)
+        check_settings(path, layer, model.config)
     weights = model.weights_tree()
     is_mirrored = isinstance(model.wpe.value, tf.distribute.DistributedValues)
     return tf.nest.map_structure(first_replica, weights) if is_mirrored else weights
@@ -125,3 +132,16 @@ def check_own(path: str, layer: keras.Layer, dtype: str) -> None:
             f"{path} computes in {layer.compute_dtype} and the model in {dtype}: generation has one dtype; give all "
             f"layers the model's policy"
         )
+
+
+def check_settings(path: str, layer: keras.Layer, config: GPT2Config) -> None:
+    """Raises ValueError for a layer whose settings are not those of the config."""
+    if type(layer) not in SETTINGS:
+        return
+    number = int(path.split("/")[1]) if path.startswith("blocks/") else 0
+    for name, value in SETTINGS[type(layer)](config, number).items():
+        if getattr(layer, name) != value:
+            raise ValueError(
+                f"{path} has {name}={getattr(layer, name)!r} and the model's config {value!r}: generation goes by the "
+                f"config, and its results would differ from those of model(ids); make the model with another config"
+            )

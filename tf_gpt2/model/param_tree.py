@@ -131,6 +131,11 @@ class Leaf:
         """
         self.variable.assign(in_memory(array, self.variable.dtype))
 
+    def is_finite(self) -> bool:
+        """Whether no number is NaN or infinite; the scales of a quantized matrix tell."""
+        floats = [variable.value for variable in self.variables if variable.value.dtype.is_floating]
+        return all(bool(tf.reduce_all(tf.math.is_finite(value))) for value in floats)
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixLeaf(Leaf):

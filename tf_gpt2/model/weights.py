@@ -108,7 +108,7 @@ def quantize_rows(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Rounds all rows at once, as ``quantize`` does in parts."""
     w = tf.cast(w, tf.float32)
     largest = tf.reduce_max(tf.abs(w), axis=1)
-    scale = tf.where(largest > 0, largest, 1.0) / LARGEST
+    scale = tf.where(largest == 0, 1.0, largest) / LARGEST  # NaN stays NaN, for the integers cannot tell
     return tf.cast(tf.round(w / scale[:, None]), tf.int8), scale
 
 
@@ -140,7 +140,8 @@ def quantize_rows_4(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     for divisor in DIVISORS[1:]:
         other = round_groups(groups, largest / divisor)
         best = tuple(tf.where(other[-1] < best[-1], *pair) for pair in zip(other, best, strict=True))
-    numbers, scale, _ = best
+    numbers, scale, error = best
+    scale = tf.where(tf.math.is_nan(error), error, scale)  # the integers cannot tell
     low, high = tf.split(tf.cast(numbers + 8, tf.uint8), 2, axis=-1)  # each (n_out, n_groups, 16)
     value = tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, tf.constant(4, tf.uint8)))
     return tf.reshape(value, (w.shape[0], -1)), tf.transpose(tf.cast(scale[..., 0], tf.bfloat16))

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tf_gpt2.runtime.xla_flags import OWN_SUMS
+from tf_gpt2.runtime.xla_flags import OWN_SUMS, users_flags
 
 try:
     import fcntl
@@ -240,8 +240,7 @@ def machine_hash() -> str:
 
     TensorFlow's names of entries do not tell with which flags they were compiled.
     """
-    flags = f"{OWN_SUMS} {os.environ.get('XLA_FLAGS', '')}"
-    description = platform.machine() + platform.processor() + flags
+    description = platform.machine() + platform.processor() + OWN_SUMS + users_flags()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         description += "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -249,7 +249,7 @@ def read_file(path: Path, encoder: Encoder, field: str) -> np.ndarray:
     try:
         size = path.stat().st_size
         if path.suffix == ".bin":
-            return read_bin(path, len(encoder))
+            return read_bin(path, max(encoder.decoder) + 1)
         if size <= MOST_IN_MEMORY:
             return encoded(path, encoder, field, size)
         return mapped(path, encoder, field, size)
@@ -273,7 +273,9 @@ def read_bin(path: Path, n_vocab: int) -> np.ndarray:
         raise DataError(f"files: {path} should have {header[2]} ids and has {len(ids)}; copy it again")
     largest = max(int(ids[i : i + MOST_IN_MEMORY].max()) for i in range(0, len(ids), MOST_IN_MEMORY))
     if largest >= n_vocab:
-        raise DataError(f"files: {path} has the id {largest}, and the vocabulary {n_vocab} tokens; is it this model's?")
+        raise DataError(
+            f"files: {path} has the id {largest}, and the vocabulary ids below {n_vocab}; is it this model's?"
+        )
     return ids
 
 

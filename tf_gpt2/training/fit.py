@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ import tensorflow as tf
 
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.lora import described
 from tf_gpt2.text.generator import TextGenerator
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.training import reports, state
@@ -119,7 +121,11 @@ def finetune(
         validation=validation,
         encoder=encoder,
         folder=None if out is None else Path(out) / CHECKPOINTS,
-        about={**settings(model, dataset, options, save_every), **(about or {})},
+        about={
+            **settings(model, dataset, options, save_every),
+            **({} if out is None else fingerprints(model, dataset, validation)),
+            **(about or {}),
+        },
     )
     history = keras.callbacks.History()
     calls = keras.callbacks.CallbackList(
@@ -192,6 +198,7 @@ class Run:
                 if sample_every and done % sample_every == 0 and self._encoder is not None:
                     bar.say(self._sample(self._encoder))
                 if interrupted():
+                    bar.note("saving")
                     self._save()
                     self._draw()
                     raise KeyboardInterrupt(f"saved at update {done} of {steps}; the same call goes on from there")
@@ -219,13 +226,14 @@ class Run:
         line = {"step": progress.update, "loss": float(np.mean(progress.losses)), "learning_rate": rate}
         progress.losses = []
         if self._validation is not None:
-            line |= self._measure(self._validation)
+            line |= self._measure(self._validation, bar)
         self._refuse_ruins(line)
         if "val_loss" in line and (progress.best_loss is None or line["val_loss"] < progress.best_loss):
             progress.best_loss, progress.best_update = line["val_loss"], progress.update
             self._keep_best()
         progress.lines.append(line)
         bar.say(reports.line_of(line))
+        bar.note("saving")
         self._save()
         if self._writes and self._folder is not None:
             reports.write_table(self._folder / "log.csv", progress.lines)
@@ -246,10 +254,11 @@ class Run:
                 f"warmup_steps, and give another folder as out"
             )
 
-    def _measure(self, validation: tf.data.Dataset) -> dict[str, float]:
+    def _measure(self, validation: tf.data.Dataset, bar: reports.Bar) -> dict[str, float]:
         """Returns the held-out loss per token in nats, the perplexity and, with a vocabulary, bits per byte."""
         nats = weight = n_bytes = 0.0
-        for elements in validation:
+        for i, elements in enumerate(validation):
+            bar.note(f"held-out batch {i + 1}")
             batch = as_batch([part[None] for part in elements])
             check_ids(batch, self._model.config.n_vocab)
             sums = self._step.loss_sums(batch)
@@ -278,7 +287,7 @@ class Run:
 
     def _save(self) -> None:
         if self._writes and self._folder is not None:
-            arrays = [variable.numpy() for variable in self._variables()[0]]
+            arrays = (variable.numpy() for variable in self._variables()[0])
             state.save(self._folder, self.progress, arrays, self._about)
 
     def _restore(self) -> None:
@@ -295,14 +304,14 @@ class Run:
             assign(variables, arrays, self._folder)
 
     def _keep_best(self) -> None:
-        best = [variable.numpy() for variable in self._step.optimizers[0].variables]
+        best = (variable.numpy() for variable in self._step.optimizers[0].variables)
         if self._folder is None:
-            self._best = best
+            self._best = list(best)
         elif self._writes:
             state.write_arrays(self._folder / BEST, best)
 
     def _take_best(self) -> None:
-        """Gives the model the weights with the least held-out loss, where that was measured."""
+        """Assigns the weights with the least held-out loss to the model, where that was measured."""
         if self.progress.best_loss is None or self.progress.best_update == self.progress.update:
             return
         best = self._best if self._folder is None else state.read_arrays(self._folder / BEST)
@@ -324,7 +333,7 @@ def remove_checkpoints(out: str | Path) -> None:
 
 
 def assign(variables: Sequence[tf.Variable], arrays: Sequence[np.ndarray], place: Path | None) -> None:
-    """Gives variables their numbers; raises CheckpointError when there are others than these."""
+    """Assigns arrays to variables; raises CheckpointError when their shapes differ."""
     if [tuple(variable.shape) for variable in variables] != [array.shape for array in arrays]:
         raise CheckpointError(f"{place} has weights of other shapes than the model; give another folder as out")
     for variable, array in zip(variables, arrays, strict=True):
@@ -407,7 +416,32 @@ def settings(model: GPT2Model, dataset: tf.data.Dataset, options: StepOptions, s
         "length": shape[1],
         "save_every": save_every,
         "trained": [list(variable.shape) for variable in model.trainable_variables],
+        "lora": None if model.lora is None else dataclasses.asdict(described(model)),
     }
+
+
+def fingerprints(
+    model: GPT2Model, dataset: tf.data.Dataset, validation: tf.data.Dataset | None
+) -> dict[str, str | None]:
+    """Returns names for the weights that are not trained, and for the first batches."""
+    return {
+        "frozen_weights": fingerprint(variable.numpy() for variable in model.weights if not variable.trainable),
+        "first_batch": fingerprint_of_first(dataset),
+        "first_held_out_batch": None if validation is None else fingerprint_of_first(validation),
+    }
+
+
+def fingerprint_of_first(dataset: tf.data.Dataset) -> str:
+    """Returns a name for a dataset's first batch."""
+    return fingerprint(part.numpy() for part in next(iter(dataset), ()))
+
+
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """Returns a name for the numbers in arrays."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 # ---- the process

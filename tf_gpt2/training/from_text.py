@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.lora import save_lora
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.training.data import DataError, Ids, held_out_windows, read_ids, shuffled_windows, windows_per_epoch
-from tf_gpt2.training.fit import CHECKPOINTS, check_numbers, finetune, is_chief, remove_checkpoints
+from tf_gpt2.training.fit import CHECKPOINTS, check_numbers, finetune, fingerprint, is_chief, remove_checkpoints
 
 DTYPES = {
     "float32": {"dtype": "float32"},
@@ -218,20 +217,9 @@ def about(recipe: Recipe, model: GPT2Model, training: Ids, held_out: Ids) -> dic
     return {
         "text": training.fingerprint(),
         "validation": held_out.fingerprint() if len(held_out) else None,
-        "model": weights_fingerprint(model),
-        "lora_rank": recipe.lora_rank,
-        "lora_alpha": recipe.lora_alpha,
-        "lora_targets": list(recipe.lora_targets),
+        "model": fingerprint(variable.numpy() for variable in model.weights),
         "quantization": DTYPES[recipe.dtype].get("quantization"),
     }
-
-
-def weights_fingerprint(model: GPT2Model) -> str:
-    """Returns a name for the weights that a run starts from."""
-    digest = hashlib.blake2b(digest_size=8)
-    for variable in model.weights:  # not ``variables``, which has the seeds of Keras's own dropout
-        digest.update(variable.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_result(model: GPT2Model, encoder: Encoder, base: str, out: Path) -> None:

@@ -42,6 +42,10 @@ class Bar:
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self._bar.update(n_tokens)
 
+    def note(self, text: str) -> None:
+        """Shows what goes on between two updates, in the place of the loss."""
+        self._bar.set_postfix_str(text)
+
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         if not self._bar.disable:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ class Progress:
     best_update: int = 0
 
 
-def save(folder: Path, progress: Progress, arrays: Sequence[np.ndarray], options: Mapping[str, Any]) -> None:
+def save(folder: Path, progress: Progress, arrays: Iterable[np.ndarray], options: Mapping[str, Any]) -> None:
     """Writes a checkpoint, and removes all but the newest two.
 
     Args:
         folder: of the run's checkpoints; made if need be.
         progress: how far the run is.
-        arrays: what training changes, in an order of the caller's.
+        arrays: what training changes, in an order of the caller's; one at a time is asked for.
         options: what must be the same when the run goes on; JSON can hold it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,12 +123,14 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
-    """Writes arrays to a file beside, flushes it, and renames it."""
+def write_arrays(path: Path, arrays: Iterable[np.ndarray]) -> None:
+    """Writes arrays as ``numpy.savez`` does, but one at a time, to a file beside; flushes it, and renames it."""
     staging = path.with_name(f".{path.name}.part")
     try:
-        with staging.open("wb") as file:
-            np.savez(file, *arrays)
+        with zipfile.ZipFile(staging, "w") as archive:
+            for i, array in enumerate(arrays):
+                with archive.open(f"arr_{i}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
         flush(staging)
         staging.replace(path)
     finally:

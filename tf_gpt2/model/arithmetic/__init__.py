@@ -1,8 +1,9 @@
 """The arithmetic of the formulas: one module per place where they run, each with the same functions.
 
 ``plain`` is textbook TensorFlow, for eager calls and training; read it first. ``xla`` has the operations that XLA
-compiles well, ``native`` the same with kernels for some products, and ``graph`` those that are fast in TensorFlow
-without XLA. All are tested against ``plain``, and ``plain`` against ``tf_gpt2.reference``.
+compiles well, ``native`` the same with kernels for some products, ``graph`` those that are fast in TensorFlow without
+XLA, and ``fused`` those of a training step. All are tested against ``plain``, and ``plain``
+against ``tf_gpt2.reference``.
 """
 
 from __future__ import annotations
