@@ -389,6 +389,19 @@ def test_many_requests_at_a_time_end_and_are_each_as_alone(quantization):
             assert ids == wanted[i % 5]
 
 
+@needs_library
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_a_text_in_a_batch_is_nearly_that_text_alone(quantization):
+    """Nearly, because of what XLA computes between the kernels: ``docs/numerics.md``."""
+    model = make_model(quantization)
+    together = generate(model, PROMPTS, max_new_tokens=12)
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], max_new_tokens=12)
+        assert alone.ids[0] == together.ids[i]
+        bound = 1e-4 if quantization is None else 0.1
+        np.testing.assert_allclose(alone.logprobs[0], together.logprobs[i], atol=bound)
+
+
 FORK = """
 import os, sys
 import numpy as np, tensorflow as tf

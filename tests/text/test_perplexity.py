@@ -125,7 +125,9 @@ def test_the_embedded_checkpoint_predicts_as_well_as_its_readme_says(generator):
     assert 1.9 < generator.perplexity(HELD_OUT).bits_per_byte < 2.45  # 2.17 on all that was held out
 
 
-@pytest.mark.parametrize(("dtype", "bound", "kernels"), [("int8", 0.003, ""), ("int4", 0.03, "xla")])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "kernels"), [("int8", 0.003, ""), ("int4", 0.03, ""), ("int4", 0.03, "xla")]
+)
 def test_rounding_costs_few_bits_per_byte(generator, dtype, bound, kernels, monkeypatch):
     monkeypatch.setenv("TF_GPT2_KERNELS", kernels)
     rounded = TextGenerator.from_checkpoint(embedded_dir(), dtype=dtype).perplexity(HELD_OUT)
