@@ -239,7 +239,8 @@ class Rest:
             sockets.append(connection.sock)
             if time.monotonic() - start > self._timeout_s:  # nobody waits any more
                 raise TimeoutError
-            connection.sock.settimeout(self._timeout_s)
+            # longer than the wait for the whole, or this end of it might come first, and look like a broken connection
+            connection.sock.settimeout(2 * self._timeout_s)
             connection.request("POST", self._path, body, self._headers)
             response = connection.getresponse()
             with response:
