@@ -41,10 +41,10 @@ def test_probabilities_and_ranks_are_the_references(generator):
 def test_ranks_of_equals_go_by_id(generator):
     from tf_gpt2.explain.explanation import explain_token
 
-    logprobs = np.log(np.array([0.1, 0.3, 0.3, 0.3] + [1e-9] * 1020, np.float32))
+    logprobs = np.log(np.array([0.1, 0.3, 0.3, 0.3], np.float32))
     tokens = [explain_token(generator.encoder, i, logprobs) for i in range(4)]
     assert [token.rank for token in tokens] == [4, 1, 2, 3]
-    assert [c.id for c in tokens[0].likeliest] == [1, 2, 3, 0, 4]
+    assert [c.id for c in tokens[0].likeliest] == [1, 2, 3, 0]
 
 
 def test_ids_that_stand_for_no_token_are_no_candidates(generator):

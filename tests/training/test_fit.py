@@ -289,10 +289,10 @@ def test_other_options_are_refused_by_name(tmp_path):
 
 
 def test_another_dataset_and_other_frozen_weights_are_refused_by_name(tmp_path):
-    def model_with(alpha=4.0, targets=("c_attn",), bias=0.0):
+    def model_with(alpha=4.0, bias=0.0):
         model = make_model()
         model.ln_f.b.assign_add([bias] * 8)
-        model.enable_lora(2, alpha=alpha, targets=targets)
+        model.enable_lora(2, alpha=alpha)
         return model
 
     held_out = data.held_out_windows(IDS.part(0, 40), n_ctx=8, batch_size=2)

@@ -46,16 +46,6 @@ PARTS: Mapping[str, str] = {
 """Part of a block -> part of a tensor's name; matrices are (n_out, n_in) in the file."""
 LAST: Mapping[str, str] = {"w": "weight", "g": "weight", "b": "bias"}
 
-READ = (
-    "context_length",
-    "embedding_length",
-    "block_count",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.layer_norm_epsilon",
-)
-"""The hyperparameters in the metadata, without ``gpt2.`` before them."""
-
 SCALARS: Mapping[int, str] = {
     **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"},
     **{10: "<Q", 11: "<q", 12: "<d"},
@@ -307,10 +297,9 @@ def read_config(path: Path) -> GPT2Config:
         raise CheckpointError(
             f"{file} is not of a GPT-2: its general.architecture is {str(metadata.get('general.architecture'))[:60]!r}"
         )
-    check_hyperparameters(file, metadata, n_vocab=table.shape[0])
     epsilon = metadata.get("gpt2.attention.layer_norm_epsilon", 1e-5)
     try:
-        return GPT2Config(
+        config = GPT2Config(
             n_vocab=table.shape[0],
             n_ctx=metadata["gpt2.context_length"],
             n_embd=metadata["gpt2.embedding_length"],
@@ -322,16 +311,19 @@ def read_config(path: Path) -> GPT2Config:
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} does not describe a GPT-2: {error}") from error
+    check_hyperparameters(file, metadata, config)
+    return config
 
 
-def check_hyperparameters(file: Path, metadata: Mapping[str, Any], *, n_vocab: int) -> None:
+def check_hyperparameters(file: Path, metadata: Mapping[str, Any], config: GPT2Config) -> None:
     """Raises CheckpointError for a hyperparameter that would change what the model computes, and is not read."""
-    repeated = {"vocab_size": n_vocab, "attention.head_count_kv": metadata.get("gpt2.attention.head_count")}
+    read = {key for key, _, _ in metadata_of(config, 0)}
+    repeated = {"gpt2.vocab_size": config.n_vocab, "gpt2.attention.head_count_kv": config.n_head}
     for key, value in metadata.items():
-        name = key.removeprefix("gpt2.")
-        if name == key or name in READ or (name in repeated and value == repeated[name]):
-            continue
-        raise CheckpointError(f"{file} has {key[:200]}={str(value)[:60]}, which tf_gpt2 does not know; it is not read")
+        if key.startswith("gpt2.") and key not in read and repeated.get(key) != value:
+            raise CheckpointError(
+                f"{file} has {key[:200]}={str(value)[:60]}, which tf_gpt2 does not know; it is not read"
+            )
 
 
 def open_weights(path: Path, config: GPT2Config) -> Iterator[tuple[str, Any]]:

@@ -23,9 +23,8 @@ from tf_gpt2.config import read_text
 from tf_gpt2.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-ROOTS = ("transformer.", "")
-"""What a matrix's name begins with in ``GPT2LMHeadModel``, and in ``GPT2Model``."""
+PREFIX, ROOT = "base_model.model.", "transformer."
+"""What PEFT puts before a name, and what the name begins with in ``GPT2LMHeadModel``; in ``GPT2Model`` nothing."""
 MOST_CONFIG_BYTES = 1 << 20
 
 READ = ("r", "lora_alpha", "target_modules", "use_rslora")
@@ -83,8 +82,8 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, base: str | None = No
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, (a, b) in adapter.pairs.items():
-        tensors[f"{PREFIX}{ROOTS[0]}{name}.lora_A.weight"] = a
-        tensors[f"{PREFIX}{ROOTS[0]}{name}.lora_B.weight"] = b
+        tensors[f"{PREFIX}{ROOT}{name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{ROOT}{name}.lora_B.weight"] = b
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -128,7 +127,7 @@ def read_adapter(folder: str | Path, names: Sequence[str]) -> Adapter:
     config = read_config(folder / CONFIG)
     rank, alpha = number_in(config, "r", int, folder), number_in(config, "lora_alpha", (int, float), folder)
     found = read_dtypes(folder / WEIGHTS)
-    root = ROOTS[1] if any(key.startswith(f"{PREFIX}h.") for key in found) else ROOTS[0]
+    root = "" if any(key.startswith(f"{PREFIX}h.") for key in found) else ROOT
     targets, adapted = resolve_targets(config.get("target_modules"), names, folder, root)
     keys = {name: [f"{PREFIX}{root}{name}.lora_{half}.weight" for half in "AB"] for name in adapted}
     check_keys(folder, [key for pair in keys.values() for key in pair], found)

@@ -6,6 +6,7 @@ Knows nothing of HTML or of images.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import unicodedata
 
@@ -125,8 +126,9 @@ def explain_token(encoder: Encoder, token_id: int, logprobs: np.ndarray) -> Expl
     """Ranks one token among all, given their log-probabilities, (V,)."""
     logprob = logprobs[token_id]
     n_before = np.count_nonzero(logprobs > logprob) + np.count_nonzero(logprobs[:token_id] == logprob)
-    ids = np.array(sorted(encoder.decoder))  # the model may have ids that stand for no token
-    likeliest = ids[np.argsort(-logprobs[ids], kind="stable")[:N_ALTERNATIVES]].tolist()
+    ranked = map(int, np.argsort(-logprobs, kind="stable"))
+    tokens = (i for i in ranked if i in encoder.decoder)  # the model may have ids that stand for no token
+    likeliest = itertools.islice(tokens, N_ALTERNATIVES)
     return ExplainedToken(
         label=visible(encoder.decode_bytes([token_id])),
         id=token_id,

@@ -26,6 +26,7 @@ from tf_gpt2.model.weights import (
     LoraMatrix,
     Matrix,
     floats_of,
+    is_finite,
     quantize,
     quantize_4,
 )
@@ -133,8 +134,7 @@ class Leaf:
 
     def is_finite(self) -> bool:
         """Whether no number is NaN or infinite; the scales of a quantized matrix tell."""
-        floats = [variable.value for variable in self.variables if variable.value.dtype.is_floating]
-        return all(bool(tf.reduce_all(tf.math.is_finite(value))) for value in floats)
+        return all(is_finite(variable.value) for variable in self.variables)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,6 +89,11 @@ class LoraMatrix(NamedTuple):
     scale: Any
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a tensor or variable holds neither NaN nor infinity; integers never do."""
+    return not value.dtype.is_floating or bool(tf.reduce_all(tf.math.is_finite(value)))
+
+
 def quantize(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Rounds each row to 255 evenly spaced values, symmetric around zero.
 

@@ -30,6 +30,7 @@ from tf_gpt2.checkpoint.vocabulary import write_openai
 from tf_gpt2.errors import ParamsError
 from tf_gpt2.generation.options import check_counts
 from tf_gpt2.model.gpt2 import GPT2Model
+from tf_gpt2.model.weights import is_finite
 from tf_gpt2.serving.prompts import PromptReader
 from tf_gpt2.serving.signatures import ServedFunctions
 from tf_gpt2.serving.warmup import RECORDS_PATH, Request, plain_requests, write_warmup_records, xla_requests
@@ -153,7 +154,7 @@ def model_name_of(folder: str | Path) -> str:
 def check_weights(model: GPT2Model) -> None:
     """Raises ParamsError when weights hold NaN or infinity."""
     for variable in model.weights:
-        if variable.value.dtype.is_floating and not tf.reduce_all(tf.math.is_finite(variable.value)):
+        if not is_finite(variable.value):
             raise ParamsError(
                 f"model must have finite weights, and {variable.path} holds NaN or infinity; train it again"
             )

@@ -21,6 +21,7 @@ import tensorflow as tf
 from tf_gpt2.errors import CheckpointError
 from tf_gpt2.model.gpt2 import GPT2Model
 from tf_gpt2.model.lora import described
+from tf_gpt2.model.weights import is_finite
 from tf_gpt2.text.generator import TextGenerator
 from tf_gpt2.tokenizer.encoder import Encoder
 from tf_gpt2.training import reports, state
@@ -198,8 +199,7 @@ class Run:
                 if sample_every and done % sample_every == 0 and self._encoder is not None:
                     bar.say(self._sample(self._encoder))
                 if interrupted():
-                    bar.note("saving")
-                    self._save()
+                    self._save(bar)
                     self._draw()
                     raise KeyboardInterrupt(f"saved at update {done} of {steps}; the same call goes on from there")
         self._draw()
@@ -233,8 +233,7 @@ class Run:
             self._keep_best()
         progress.lines.append(line)
         bar.say(reports.line_of(line))
-        bar.note("saving")
-        self._save()
+        self._save(bar)
         if self._writes and self._folder is not None:
             reports.write_table(self._folder / "log.csv", progress.lines)
             reports.write_events(events, line)
@@ -248,7 +247,7 @@ class Run:
     def _refuse_ruins(self, line: Mapping[str, float]) -> None:
         """Raises FloatingPointError when the last update has left weights that no checkpoint should have."""
         weights = self._step.optimizers[0].variables
-        if not math.isfinite(line.get("val_loss", 0.0)) or not all(np.isfinite(one.numpy()).all() for one in weights):
+        if not math.isfinite(line.get("val_loss", 0.0)) or not all(map(is_finite, weights)):
             raise FloatingPointError(
                 f"after update {line['step']} weights or losses are not finite; lower learning_rate, or raise "
                 f"warmup_steps, and give another folder as out"
@@ -285,8 +284,9 @@ class Run:
         """Returns all that training changes, for each device of this process: weights, then AdamW's slots."""
         return [[*optimizer.variables, *optimizer.slots] for optimizer in self._step.optimizers]
 
-    def _save(self) -> None:
+    def _save(self, bar: reports.Bar) -> None:
         if self._writes and self._folder is not None:
+            bar.note("saving")
             arrays = (variable.numpy() for variable in self._variables()[0])
             state.save(self._folder, self.progress, arrays, self._about)
 

@@ -217,7 +217,7 @@ def about(recipe: Recipe, model: GPT2Model, training: Ids, held_out: Ids) -> dic
     return {
         "text": training.fingerprint(),
         "validation": held_out.fingerprint() if len(held_out) else None,
-        "model": fingerprint(variable.numpy() for variable in model.weights),
+        "trained_weights": fingerprint(variable.numpy() for variable in model.trainable_weights),
         "quantization": DTYPES[recipe.dtype].get("quantization"),
     }
 

@@ -2,8 +2,8 @@
 
 ``plain`` is textbook TensorFlow, for eager calls and training; read it first. ``xla`` has the operations that XLA
 compiles well, ``native`` the same with kernels for some products, ``graph`` those that are fast in TensorFlow without
-XLA, and ``fused`` those of a training step. All are tested against ``plain``, and ``plain``
-against ``tf_gpt2.reference``.
+XLA, and ``fused`` those of a training step. All are tested against ``plain``, and ``plain`` against
+``tf_gpt2.reference``.
 """
 
 from __future__ import annotations
